@@ -1,0 +1,40 @@
+"""calib: post-training quantization of transformers, from outlier suppression to verified checkpoints.
+
+`quantize` does it all, `plan` says before any work what it would do, `load` and `verify` read a result back. Importing
+calib also teaches transformers its checkpoints: ``AutoModel*.from_pretrained(folder)`` then works on them.
+"""
+
+from __future__ import annotations
+
+from calib.errors import (
+    CalibError,
+    DataError,
+    InputError,
+    ModelError,
+    NumericsError,
+    OutputError,
+    VerifyError,
+)
+from calib.export import hf as _hf
+from calib.export.load import load, load_tokenizer
+from calib.export.verify import verify
+from calib.quantize import Result, plan, quantize
+
+__version__ = "0.1.0"
+_hf.register()
+
+__all__ = [
+    "CalibError",
+    "DataError",
+    "InputError",
+    "ModelError",
+    "NumericsError",
+    "OutputError",
+    "Result",
+    "VerifyError",
+    "load",
+    "load_tokenizer",
+    "plan",
+    "quantize",
+    "verify",
+]

@@ -1,0 +1,345 @@
+"""The command line: a thin skin over calib.quantize, calib.plan, calib.evaluate and calib.verify.
+
+Progress and errors go to stderr; the result, and with ``--json`` one JSON object as the last line, to stdout. A known
+failure is one line, ``error: cause; fix``, and the exit code of its class (see errors.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors import SafetensorError
+
+import calib
+from calib.errors import CalibError, InputError, ModelError, NumericsError, OutputError
+from calib.recipe import METHODS, SCHEMES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Make a transformer smaller and faster with answers that stay the same.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name calib info lists, a folder, a .gguf file, a hub id.")]
+SchemeName = Annotated[str, typer.Option("--scheme", help=f"Number formats: {', '.join(SCHEMES)}.")]
+Method = Annotated[str, typer.Option(help=f"Comma separated, in order: {', '.join(METHODS)}.")]
+Data = Annotated[str | None, typer.Option(help="Text to calibrate on: file, folder or hub id. Default: text that needs no network.")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows or sentences.")]
+SeqLen = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
+Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Windows run at once.")]
+Prefix = Annotated[str, typer.Option(help="Tokens kept before every input in float: auto, none, ids (1,2) or text.")]
+Sites = Annotated[str, typer.Option(help="What may be transformed: exact, or some of norm,vo,updown,fc,fused.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Regular expression on module names left in float; repeatable.")]
+WeightsRange = Annotated[str | None, typer.Option(help="Weight ranges: minmax, mse or percentile.")]
+ActsRange = Annotated[str | None, typer.Option(help="Static activation ranges: minmax, mse or percentile.")]
+Search = Annotated[str, typer.Option(help="Threshold search of os+: fast or exhaustive.")]
+Inputs = Annotated[str, typer.Option(help="Calibrate a block on quantized or float outputs of those before it.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
+Dtype = Annotated[str, typer.Option(help=f"Floats to load in: {', '.join(DTYPES)}.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[str, typer.Option(help="Folder to write the checkpoint to.")],
+    scheme: SchemeName = "w8a8-static",
+    method: Method = "os+",
+    data: Data = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 512,
+    seed: Seed = 0,
+    batch_size: BatchSize = 8,
+    prefix: Prefix = "auto",
+    sites: Sites = "exact",
+    exclude: Exclude = None,
+    weights_range: WeightsRange = None,
+    acts_range: ActsRange = None,
+    search: Search = "fast",
+    inputs: Inputs = "quantized",
+    format: Annotated[str, typer.Option(help="auto, calib or compressed-tensors.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
+    threads: Threads = None,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model and write a verified checkpoint."""
+    _set_up(threads)
+    result = calib.quantize(
+        model,
+        scheme=scheme,
+        method=method,
+        data=data,
+        out=out,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        batch_size=batch_size,
+        prefix=_prefix(prefix),
+        sites=_sites(sites),
+        exclude=tuple(exclude or ()) or None,
+        weight_range=weights_range,
+        input_range=acts_range,
+        search=search,
+        inputs=inputs,
+        format=format,
+        overwrite=overwrite,
+        verify=verify,
+        dtype=_dtype(dtype),
+        progress=not quiet,
+    )
+    if not quiet:
+        print(result.report)
+    if as_json:
+        summary = result.plan.summary()
+        _print_json(
+            {
+                "out": None if result.out is None else str(result.out),
+                "plan": {key: summary[key] for key in ("transformed", "quantized", "excluded")},
+                "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
+                "peak_rss_mib": _peak_rss_mib(),
+            }
+        )
+
+
+@app.command()
+def plan(
+    model: Model,
+    scheme: SchemeName = "w8a8-static",
+    method: Method = "os+",
+    prefix: Prefix = "auto",
+    sites: Sites = "exact",
+    exclude: Exclude = None,
+    threads: Threads = None,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what quantize would do to every linear, and why some stay out, without doing it."""
+    _set_up(threads)
+    found = calib.plan(
+        model,
+        scheme=scheme,
+        method=method,
+        prefix=_prefix(prefix),
+        sites=_sites(sites),
+        exclude=tuple(exclude or ()) or None,
+        dtype=_dtype(dtype),
+    )
+    if not quiet:
+        print(found.table())
+    if as_json:
+        _print_json(found.summary())
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Text file, or table of sentences and labels or of pairs and scores.")],
+    task: Annotated[str, typer.Option(help="perplexity, classification or similarity.")] = "perplexity",
+    windows: Annotated[int, typer.Option(min=1, help="Perplexity: windows from the start of the text.")] = 40,
+    seq_len: SeqLen = 512,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 4 windows or 32 sentences.")] = None,
+    reference: Annotated[str | None, typer.Option(help="A second model to compare with, e.g. the float one.")] = None,
+    mode: Annotated[str, typer.Option(help="packed: integer kernels; fake: the same grids in floats.")] = "packed",
+    threads: Threads = None,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model with its 95 % confidence interval."""
+    from calib.evaluate import Result, classification, perplexity, similarity
+    from calib.export.load import load_pair
+
+    _set_up(threads)
+    if task not in ("perplexity", "classification", "similarity"):
+        raise InputError(f"unknown task {task!r}", "use perplexity, classification or similarity")
+
+    def measure(name: str) -> Result:
+        network, tokenizer = load_pair(name, mode, _dtype(dtype), progress=not quiet)  # type: ignore[arg-type]
+        if tokenizer is None:
+            raise ModelError(f"{name} has no tokenizer", "save it beside the model with tokenizer.save_pretrained")
+        if task == "perplexity":
+            return perplexity(network, tokenizer, data, windows, seq_len, batch_size or 4, progress=not quiet)
+        kind = classification if task == "classification" else similarity
+        return kind(network, tokenizer, data, batch_size or 32, progress=not quiet)
+
+    result = measure(model)
+    answer: dict[str, Any] = result.as_dict()
+    if reference is not None:
+        other = measure(reference)
+        answer["reference"] = {"model": reference, "value": other.value, **_against(result, other)}
+    if not quiet or not as_json:
+        interval = f" (95 %: {result.ci95[0]:.4f} to {result.ci95[1]:.4f})" if result.ci95 else ""
+        print(f"{result.metric} {result.value:.4f}{interval}, n = {result.n}, {result.seconds:.1f} s")
+        if reference is not None:
+            print(", ".join(f"{k} {v if isinstance(v, str) else f'{v:.6g}'}" for k, v in answer["reference"].items()))
+    if as_json:
+        _print_json({**answer, "peak_rss_mib": _peak_rss_mib()})
+
+
+def _against(result: Any, other: Any) -> dict[str, float]:
+    compared = {"ratio": result.value / other.value} if other.value else {}
+    if result.outputs is not None and other.outputs is not None:
+        name = {"perplexity": "loss_mse", "classification": "logits_mse", "similarity": "cosine_mse"}[result.task]
+        compared[name] = float((result.outputs.double() - other.outputs.double()).square().mean())
+    return compared
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that calib quantize wrote.")],
+    tolerance: Annotated[float | None, typer.Option(help="Largest difference allowed, of the logit range.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Reload a checkpoint in a fresh process and compare its answers with the stored ones."""
+    _set_up(threads)
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}", "name a folder that calib quantize wrote")
+    report = calib.verify(folder, tolerance=tolerance)
+    print(report)
+    if as_json:
+        _print_json(report.as_dict())
+
+
+@app.command()
+def info(threads: Threads = None, as_json: Json = False) -> None:
+    """Versions, threads, kernels, cache and the models known by name."""
+    from calib.export.checkpoint import versions
+    from calib.nn.kernels import describe
+    from model_zoo import WHEELS
+    from model_zoo.fetch import cache_dir
+
+    _set_up(threads)
+    facts: dict[str, Any] = {
+        "versions": {**versions(), "python": platform.python_version()},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "devices": ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))],
+        "kernels": describe(),
+        "cache": str(cache_dir()),
+        "models": {name: known.label for name, known in WHEELS.items()},
+        "schemes": list(SCHEMES),
+        "methods": list(METHODS),
+    }
+    if as_json:
+        _print_json(facts)
+        return
+    for title, value in facts.items():
+        if isinstance(value, dict):
+            print(f"{title}:")
+            for name, text in value.items():
+                print(f"  {name}: {text}")
+        else:
+            print(f"{title}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+def _prefix(text: str) -> str | tuple[int, ...]:
+    parts = text.split(",")
+    return tuple(int(part) for part in parts) if all(part.strip().isdecimal() for part in parts) else text
+
+
+def _sites(text: str) -> tuple[str, ...] | None:
+    return None if text == "exact" else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype {name!r}", f"use {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _set_up(threads: int | None) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _peak_rss_mib() -> float | None:
+    from calib.evaluate import peak_rss_mib
+
+    return peak_rss_mib()
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+@contextlib.contextmanager
+def _known_causes() -> Iterator[None]:
+    """What libraries raise for causes that a user can act on, as one line."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelError(f"a weight file is damaged ({error})", "download or export it again") from error
+    except json.JSONDecodeError as error:
+        raise ModelError(f"a config or manifest is not JSON ({error})", "download or export it again") from error
+    except MemoryError as error:
+        raise NumericsError("out of memory", "lower --batch-size, --samples or --seq-len") from error
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        where = f" {error.filename}" if error.filename else ""
+        fix = "free some space" if full else "check the path and its permissions"
+        raise OutputError(f"{error.strerror or error}:{where}" if where else str(error.strerror or error), fix) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
+            raise NumericsError("out of memory", "lower --batch-size, --samples or --seq-len") from error
+        raise
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        with _known_causes():
+            code = app(args=list(argv), prog_name="calib", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except CalibError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing half-written was left as finished", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second complaint at exit
+        return 1
+    except Exception as error:  # usage errors, whichever click typer brings along
+        if isinstance(error, typer.Abort):
+            print("error: interrupted; nothing half-written was left as finished", file=sys.stderr)
+            return INTERRUPTED
+        message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+        if message is None or code is None:
+            raise
+        text = " ".join(message().split())
+        print(f"error: {text}; see calib --help" if text else "", file=sys.stderr)
+        return int(code)
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""Calibration data as token batches: equal windows of running text, or one padded sentence a row."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union, overload
+
+import torch
+from torch import Tensor
+
+from calib.data.builtin import builtin_documents
+from calib.data.hub import hub_documents
+from calib.data.read import SUFFIXES, TEXT_COLUMNS, read_documents
+from calib.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Batch = dict[str, Tensor]
+Data = Union[str, "os.PathLike[str]", Iterable[Any], None]
+
+_CHARS_PER_TOKEN = 32  # of text to choose from, several times what a token of any tokenizer takes
+_NO_LIMIT = 1_000_000  # tokenizers without a limit say 1e30
+
+
+@dataclass(frozen=True)
+class TokenData(Sequence[Batch]):
+    """A short sequence of batches: ``input_ids`` [B, T] int64, ``attention_mask`` [B, T] int64 (1 = a
+    real token).
+
+    `tokens` counts the real tokens of its `rows` rows. `fingerprint` is a sha256 over the real token ids
+    row by row, so that it does not depend on batch size or padding.
+    """
+
+    batches: tuple[Batch, ...]
+    source: str
+    fingerprint: str
+    rows: int
+    tokens: int
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Batch, ...]: ...
+    def __getitem__(self, index: int | slice) -> Batch | tuple[Batch, ...]:
+        return self.batches[index]
+
+
+def calibration_data(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase | None,
+    samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
+    *,
+    pack: bool = True,
+    batch_size: int = 8,
+    limit: int | None = None,
+    column: str | None = None,
+) -> TokenData:
+    """`samples` rows of at most `seq_len` tokens from `data`, the same for the same arguments.
+
+    `data` is None (the built-in text, no network), a file or folder (`read_documents`), a hub id
+    (``"wikitext"``, ``"id:configuration"``), or an iterable of strings, of rows with a text column, or of
+    token dicts (``input_ids`` [T] or [B, T] and, if they like, ``attention_mask`` and further tensors of
+    that shape), which are taken as they come.
+
+    With `pack` (language models) the documents are joined by blank lines and tokenized without special
+    tokens; windows of exactly `seq_len` are drawn evenly across the text, one from each stretch. Without
+    (encoders, classifiers) each row is one sentence with its special tokens, truncated and right-padded
+    in its batch; rows are a seeded sample in given order. Fewer rows than `samples` are a warning, none
+    is an error.
+
+    `limit` is the longest sequence of the model (`sequence_limit`; default: what the tokenizer says).
+    Raises InputError for lengths that do not fit, DataError for data that is missing, empty, binary or
+    too short.
+    """
+    limit = sequence_limit(None, tokenizer) if limit is None else limit
+    _check_counts(samples, seq_len, batch_size, limit)
+    source, documents = _load(data, pack, samples, seq_len, column)
+    if not isinstance(documents, list):
+        return _describe(source, _as_batches(documents, samples, limit))
+    if tokenizer is None:
+        raise DataError("the model has no tokenizer", "give token dicts with input_ids as data")
+    generator = torch.Generator().manual_seed(seed)
+    if pack:
+        rows = _windows(documents, tokenizer, samples, seq_len, generator, source)
+    else:
+        if len(documents) > samples:
+            chosen = torch.randperm(len(documents), generator=generator)[:samples].sort().values.tolist()
+            documents = [documents[index] for index in chosen]
+        rows = encode_rows(tokenizer, documents, seq_len)
+    if len(rows) < samples:
+        warnings.warn(f"{source} gives {len(rows)} of {samples} rows of {seq_len} tokens", stacklevel=2)
+    return _describe(source, batch_rows(rows, tokenizer, batch_size))
+
+
+def sequence_limit(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """The longest sequence a model takes, from its config's position table or else its tokenizer; None
+    for no limit.
+    """
+    said = getattr(tokenizer, "model_max_length", None)
+    by_tokenizer = int(said) if said is not None and said < _NO_LIMIT else None
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return by_tokenizer
+    # RoBERTa's table holds two positions more than it can use; its tokenizer knows.
+    if by_tokenizer is not None and positions - 2 <= by_tokenizer < positions:
+        return by_tokenizer
+    return positions
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], max_len: int
+) -> list[list[int]]:
+    """Token ids of each sentence with its special tokens, truncated to `max_len`."""
+    encoded = tokenizer(list(sentences), truncation=True, max_length=max_len, padding=False)
+    rows: list[list[int]] = encoded["input_ids"]
+    if (empty := next((index for index, row in enumerate(rows) if not row), None)) is not None:
+        raise DataError(f"row {empty + 1} has no tokens", "drop blank rows")
+    return rows
+
+
+def batch_rows(
+    rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Iterator[Batch]:
+    """Batches of `rows` in order, right-padded to the longest of each batch."""
+    # A tokenizer without a padding token pads with a real one: the mask hides it.
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    for start in range(0, len(rows), batch_size):
+        chunk = rows[start : start + batch_size]
+        ids = torch.full((len(chunk), max(map(len, chunk))), pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(chunk):
+            ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+            mask[index, : len(row)] = 1
+        yield {"input_ids": ids, "attention_mask": mask}
+
+
+def _check_counts(samples: int, seq_len: int, batch_size: int, limit: int | None) -> None:
+    if samples < 1 or batch_size < 1:
+        raise InputError(f"{samples} samples in batches of {batch_size} are none", "both must be 1 or more")
+    if seq_len < 2:
+        raise InputError(f"sequences of {seq_len} tokens are too short", "use 2 or more")
+    if limit is not None and seq_len > limit:
+        raise InputError(
+            f"sequences of {seq_len} tokens are beyond the model's limit of {limit}", f"use at most {limit}"
+        )
+
+
+def _load(
+    data: Data, pack: bool, samples: int, seq_len: int, column: str | None
+) -> tuple[str, list[str] | Iterator[Any]]:
+    """The data's name with its documents, or with an iterator of token dicts."""
+    chars = _CHARS_PER_TOKEN * samples * seq_len
+    if data is None:
+        return "built-in text", builtin_documents(paragraphs=not pack)
+    if isinstance(data, os.PathLike) or (isinstance(data, str) and _is_path(data)):
+        return str(data), read_documents(data, column, lines=not pack)
+    if isinstance(data, str):
+        return data, hub_documents(data, chars=chars, column=column)
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        fix = "give a file, a folder, a hub id, or an iterable of strings or token dicts"
+        raise DataError(f"cannot calibrate with a {type(data).__name__}", fix)
+    return _load_iterable(iter(data), chars, column)
+
+
+def _is_path(name: str) -> bool:
+    marks = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or "\n" in name
+    return marks or not name or Path(name).suffix in SUFFIXES or Path(name).exists()
+
+
+def _load_iterable(
+    items: Iterator[Any], chars: int, column: str | None
+) -> tuple[str, list[str] | Iterator[Any]]:
+    source = "given data"
+    documents: list[str] = []
+    held = 0
+    for item in items:
+        if isinstance(item, Tensor) or (isinstance(item, Mapping) and "input_ids" in item):
+            if documents:
+                raise DataError("the data mixes strings and token dicts", "give one kind")
+            return source, _chain(item, items)
+        if isinstance(item, Mapping):
+            names = (column,) if column else TEXT_COLUMNS
+            item = next((item[name] for name in names if name in item), None)
+        if not isinstance(item, str):
+            number = len(documents) + 1
+            fix = f"give strings, rows with {' or '.join(TEXT_COLUMNS)}, or dicts with input_ids"
+            raise DataError(f"item {number} of the data is neither text nor tokens", fix)
+        if item := item.strip():
+            documents.append(item)
+            held += len(item)
+        if held >= chars:  # the iterable may be endless
+            break
+    if not documents:
+        raise DataError("the data holds no text", "give strings or token dicts")
+    return source, documents
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _windows(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seq_len: int,
+    generator: torch.Generator,
+    source: str,
+) -> list[list[int]]:
+    text = _thin("\n\n".join(documents), samples, seq_len, generator)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(ids) // seq_len
+    if count == 0:
+        fix = f"give more text or windows of at most {max(len(ids), 2)} tokens"
+        raise DataError(f"{source} holds {len(ids)} tokens, fewer than one window of {seq_len}", fix)
+    if count > samples:  # one window from each of `samples` equal stretches
+        edges = [count * index // samples for index in range(samples + 1)]
+        draw = torch.rand(samples, generator=generator, dtype=torch.float64).tolist()
+        pairs = zip(edges[:-1], edges[1:], draw, strict=True)
+        starts = [low + int(part * (high - low)) for low, high, part in pairs]
+    else:
+        starts = list(range(count))
+    return [ids[start * seq_len : (start + 1) * seq_len] for start in starts]
+
+
+def _thin(text: str, samples: int, seq_len: int, generator: torch.Generator) -> str:
+    """A long text cut down to one excerpt from each of `samples` equal stretches: tokenizing all of it
+    would take minutes.
+    """
+    if len(text) <= _CHARS_PER_TOKEN * samples * seq_len:
+        return text
+    stretch, length = len(text) // samples, _CHARS_PER_TOKEN * seq_len // 2
+    draw = torch.rand(samples, generator=generator, dtype=torch.float64).tolist()
+    starts = [int(stretch * index + part * (stretch - length)) for index, part in enumerate(draw)]
+    excerpts = (
+        text[start : start + length].partition(" ")[2] or text[start : start + length] for start in starts
+    )
+    return "\n\n".join(excerpts)
+
+
+def _as_batches(items: Iterable[Any], samples: int, limit: int | None) -> Iterator[Batch]:
+    """Given token dicts, checked and made [B, T] int64, until they hold `samples` rows."""
+    rows = 0
+    for number, item in enumerate(items, start=1):
+        batch = _as_batch({"input_ids": item} if isinstance(item, Tensor) else item, number)
+        length = batch["input_ids"].shape[1]
+        if limit is not None and length > limit:
+            cause = f"item {number} of the data has {length} tokens, beyond the model's limit of {limit}"
+            raise DataError(cause, "cut it")
+        batch = {key: value[: samples - rows] for key, value in batch.items()}
+        rows += batch["input_ids"].shape[0]
+        yield batch
+        if rows >= samples:
+            return
+
+
+def _as_batch(item: Any, number: int) -> Batch:
+    if not isinstance(item, Mapping) or "input_ids" not in item:
+        raise DataError(f"item {number} of the data has no input_ids", "give one kind: all token dicts")
+    try:
+        tensors = {key: torch.as_tensor(value) for key, value in item.items() if key != "labels"}
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(
+            f"item {number} of the data is no tensor: {error}", "give rows of equal length"
+        ) from error
+    ids = tensors["input_ids"]
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2) or ids.numel() == 0:
+        shape = f"{ids.dtype} {list(ids.shape)}"
+        raise DataError(f"item {number} of the data: input_ids are {shape}", "give integers [T] or [B, T]")
+    if int(ids.min()) < 0:
+        raise DataError(f"item {number} of the data has a negative token id", "mask padding, do not mark it")
+    tensors.setdefault("attention_mask", torch.ones_like(ids))
+    for key, value in tensors.items():
+        if value.shape != ids.shape:
+            cause = f"item {number} of the data: {key} is {list(value.shape)}, input_ids {list(ids.shape)}"
+            raise DataError(cause, "give both the same shape")
+    batch = {
+        key: (value if value.is_floating_point() else value.long()).reshape(-1, ids.shape[-1])
+        for key, value in tensors.items()
+    }
+    if not bool(batch["attention_mask"].any(dim=1).all()):
+        raise DataError(f"item {number} of the data has a row without a real token", "drop it")
+    return batch
+
+
+def _describe(source: str, batches: Iterable[Batch]) -> TokenData:
+    held = tuple(batches)
+    digest = hashlib.sha256()
+    rows = tokens = 0
+    for batch in held:
+        extra = sorted(batch.keys() - {"input_ids", "attention_mask"})
+        for index, mask in enumerate(batch["attention_mask"].bool()):
+            real = batch["input_ids"][index][mask]
+            digest.update(f"{len(real)}:".encode() + real.cpu().numpy().astype("<i8").tobytes())
+            for key in extra:
+                digest.update(key.encode() + batch[key][index][mask].cpu().numpy().tobytes())
+            rows += 1
+            tokens += len(real)
+    if not rows:
+        raise DataError("the data holds no rows", "give strings or token dicts")
+    return TokenData(held, source, digest.hexdigest(), rows, tokens)

@@ -1,0 +1,6 @@
+"""The block loop, with progress. Knows no file formats."""
+
+from calib.engine.prefix import PrefixBuilder, choose_prefix
+from calib.engine.run import Engine, Outcome
+
+__all__ = ["Engine", "Outcome", "PrefixBuilder", "choose_prefix"]

@@ -1,0 +1,138 @@
+"""A site while its block is calibrated: modules, statistics, transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib.engine.context import ContextObjective
+from calib.errors import NumericsError
+from calib.methods import SiteView
+from calib.model import Site, target_of
+from calib.nn import ActivationQuantizer
+from calib.observers import Moments, Quantile, Range, RowSample, rows_of
+from calib.quantizers import AffineSpec, qparams, tensor_range
+from calib.recipe import Recipe
+from calib.solvers import LinearObjective
+from calib.transforms import SiteTransform
+
+RANK_ROWS, EXACT_ROWS = 512, 2048
+
+
+class SiteState:
+    """Statistics of one site (per input tensor: experts have several) and its live transform."""
+
+    def __init__(self, block: nn.Module, site: Site, recipe: Recipe, whole: bool, gram: bool) -> None:
+        self.site, self.block, self.recipe, self.whole = site, block, recipe, whole
+        self.target = target_of(block, site)
+        self.transform = SiteTransform(self.target)
+        n = site.features
+        self.range = Range(n)
+        self.sample = RowSample(n, EXACT_ROWS, seed=recipe.seed)
+        self.quantile = Quantile()
+        self.moments = [Moments(n, gram) for _ in site.groups]
+        self.detail: dict[str, Any] = {}
+
+    def observe(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+        rows = rows_of(x, mask)
+        self.range.update(rows)
+        self.sample.update(rows)
+        self.quantile.update(rows[:: max(1, rows.shape[0] // 256)])
+        self.moments[group].update(rows)
+
+    def finish(self, name: str) -> None:
+        """After observing: refuse what is not finite; an expert nobody reached gets the whole site's moments."""
+        if self.range.count == 0:
+            raise NumericsError(f"{name} saw no calibration token", "give more data, or exclude the layer")
+        if not bool(torch.isfinite(self.range.absmax).all()):
+            raise NumericsError(f"activations at {name} hold NaN or inf", "check the weights and the data, or exclude it")
+        for i, moments in enumerate(self.moments):
+            if moments.count == 0:
+                merged = Moments(self.site.features, gram=moments.gram is not None)
+                for other in self.moments:
+                    merged.merge(other)
+                self.moments[i] = merged
+                self.detail.setdefault("unseen", []).append(self.site.groups[i][0])
+
+    def view(self, probes: Sequence[ContextObjective]) -> SiteView:
+        """What site methods see. probes: the site's context objective on few and on many tokens, where it has one."""
+        consumers = self.target.consumers
+        fused = "fused" in self.recipe.sites and self.whole
+        foldable = self.target.producer is not None and self.site.kind in self.recipe.sites
+        takes_shift = foldable and self.target.producer is not None and self._shiftable()
+        weight = torch.cat([c.weight for c in consumers]).detach()
+        lo, hi = self.target.tie(self.range.lo, "amin"), self.target.tie(self.range.hi, "amax")
+        scheme = self.recipe.scheme
+
+        def objective(shift: Tensor | None) -> tuple[Callable[[Tensor], float], Callable[[Tensor], float]]:
+            low, high = (lo, hi) if shift is None else (lo - shift, hi - shift)
+            if probes:
+                few, many = (probe.prepare(shift, low, high, scheme.inputs, scheme.weights) for probe in probes)
+                return few, many
+            rows = self.sample.rows if shift is None else self.sample.rows - shift
+            inputs = scheme.inputs
+            return (
+                LinearObjective(rows[:RANK_ROWS], weight, low, high, inputs, scheme.weights),
+                LinearObjective(rows, weight, low, high, inputs, scheme.weights),
+            )
+
+        return SiteView(
+            self.target.name,
+            self.site.kind,
+            lo,
+            hi,
+            weight.abs().amax(0),
+            can_shift=takes_shift or fused,
+            can_scale=foldable or fused,
+            objective=objective,
+        )
+
+    def _shiftable(self) -> bool:
+        producer, site = self.target.producer, self.site.producer
+        assert producer is not None and site is not None
+        if not site.shift:
+            return False
+        probabilities_round = self.site.kind == "vo" and self.recipe.scheme.attention is not None
+        return (producer.takes_shift or producer.offset is None) and not probabilities_round
+
+    def moved(self, shift: Tensor | None, scale: Tensor | None) -> None:
+        """Carry the statistics through (x - z) / s; nothing is collected again."""
+        z = 0.0 if shift is None else shift
+        s = 1.0 if scale is None else scale
+        self.range.lo, self.range.hi = (self.range.lo - z) / s, (self.range.hi - z) / s
+        self.sample.rows = (self.sample.rows - z) / s
+        for moments in self.moments:
+            moments.transform(shift, scale)
+
+    def quantizer(self, spec: AffineSpec | None) -> ActivationQuantizer:
+        """The consumers' input quantizer: the fused part of the transform and the chosen static range."""
+        fused = self.transform.input
+        module = ActivationQuantizer(
+            spec,
+            self.site.features,
+            shift=fused.shift is not None,
+            rescale=fused.rescale is not None,
+            hadamard=fused.hadamard,
+            float_rows=self.recipe.float_rows > 0 and spec is not None and not spec.dynamic,
+        )
+        if fused.shift is not None:
+            module.shift = fused.shift.clone()
+        if fused.rescale is not None:
+            module.rescale = fused.rescale.clone()
+        if spec is not None and not spec.dynamic:
+            scale, zero_point = qparams(*self._static_range(spec), spec)
+            module.scale, module.zero_point = scale.reshape(1), zero_point.reshape(1)
+        return module
+
+    def _static_range(self, spec: AffineSpec) -> tuple[Tensor, Tensor]:
+        rows, lo, hi = self.sample.rows, self.range.lo.amin(), self.range.hi.amax()
+        if self.recipe.float_rows > 0:  # the largest rows run in float: the range is that of the others
+            size = rows.abs().amax(1)
+            kept = rows[size <= torch.quantile(size, 1 - self.recipe.float_rows)]
+            if len(kept):
+                rows, (lo, hi) = kept, torch.aminmax(kept)
+        energy = torch.cat([c.weight for c in self.target.consumers]).detach().square().mean(0)
+        return tensor_range(rows, lo, hi, spec, energy / energy.mean().clamp(min=1e-30))

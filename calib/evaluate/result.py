@@ -1,0 +1,70 @@
+"""What an evaluation returns, and the bookkeeping all of them share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Result:
+    """`value` of `metric` on `n` windows, sentences or pairs, with its 95 % confidence interval (None if
+    n is too small).
+
+    `seconds` is wall time, `peak_rss_mib` the process's peak memory so far (None where the system does
+    not say). `outputs` are the single results in order and stay out of `as_dict`: mean loss of each
+    window in nats [n], class logits [n, classes], or cosines [n].
+    """
+
+    task: str
+    metric: str
+    value: float
+    ci95: tuple[float, float] | None
+    n: int
+    seconds: float
+    peak_rss_mib: float | None
+    outputs: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that JSON can hold: task, metric, value, ci95, n, seconds, peak_rss_mib."""
+        return {
+            "task": self.task,
+            "metric": self.metric,
+            "value": self.value,
+            "ci95": None if self.ci95 is None else list(self.ci95),
+            "n": self.n,
+            "seconds": round(self.seconds, 3),
+            "peak_rss_mib": self.peak_rss_mib,
+        }
+
+
+def peak_rss_mib() -> float | None:
+    """The most memory this process has held resident so far, in MiB; None where the system does not count
+    it.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Eval mode without gradients; yields the device of the model's inputs and restores the mode."""
+    training = model.training
+    tensor = next(chain(model.parameters(), model.buffers()), torch.empty(0))
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield tensor.device
+    finally:
+        model.train(training)

@@ -1,0 +1,1 @@
+"""Checkpoints and their verification: calib's own format, compressed-tensors, and what reads them back."""

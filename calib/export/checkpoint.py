@@ -1,0 +1,144 @@
+"""calib's own checkpoint: a transformers folder whose config.json says how its linears are quantized."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from calib.errors import OutputError
+from calib.export import hf
+from calib.export.files import MANIFEST, nbytes, staged, write_json, write_tensors
+
+FORMAT = "calib"
+
+
+def save(
+    model: nn.Module, tokenizer: Any, out: str | Path, *, manifest: Mapping[str, Any], overwrite: bool = False
+) -> Path:
+    """Write a quantized model to the folder ``out``; it appears there complete or not at all. Returns its path.
+
+    config.json, model.safetensors (sharded past 5 GB, tied weights once, every tensor in its own dtype), tokenizer,
+    generation config, and ``calib.json``: the manifest with versions and the sha256 of the weight files. Raises
+    OutputError for a folder that cannot or must not be written, or a model that this format cannot hold.
+    """
+    stock = require_transformers(model)
+    quantization, config = describe(stock)
+    tensors = state(stock)
+    with staged(out, overwrite=overwrite, needed_bytes=nbytes(tensors)) as stage:
+        config.quantization_config = quantization.to_dict()
+        write_folder(stage, stock, config, tokenizer, tensors, {**manifest, "format": FORMAT})
+    return Path(out).expanduser().absolute()
+
+
+def describe(model: PreTrainedModel) -> tuple[hf.CalibConfig, Any]:
+    """The quantization config and the plain config from which the model can be rebuilt, checked by rebuilding it."""
+    quantization = hf.describe(model)
+    config = plain_config(model)
+    skeleton = stock_on_meta(type(model), config)
+    hf.build(skeleton, quantization, model.dtype)
+    have, want = _shapes(model), _shapes(skeleton)
+    biases = [name for name in have.keys() - want.keys() if name.endswith(".bias")]
+    quantization.biased_linears = sorted(name.removesuffix(".bias") for name in biases)
+    if biases:
+        skeleton = stock_on_meta(type(model), config)
+        hf.build(skeleton, quantization, model.dtype)
+        want = _shapes(skeleton)
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            raise OutputError(
+                f"{name} is {have.get(name, 'absent')} in the model and {want.get(name, 'absent')} in its class "
+                f"{type(model).__name__}, which no checkpoint can express",
+                "save before changing the model by hand, or report this as a bug",
+            )
+    return quantization, config
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, str]:
+    tied = hf.tied_away(model)
+    return {name: str(list(t.shape)) for name, t in model.state_dict().items() if name not in tied}
+
+
+def require_transformers(model: nn.Module) -> PreTrainedModel:
+    if not isinstance(model, PreTrainedModel):
+        raise OutputError(
+            f"{type(model).__name__} is not a transformers model, and checkpoints are transformers folders",
+            "keep the result's .model, or save its state_dict() yourself",
+        )
+    return model
+
+
+def plain_config(model: PreTrainedModel) -> Any:
+    """A copy of the model's config, unquantized, with ties as they are in memory."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    if getattr(config, "tie_word_embeddings", False) and not _tied_in_memory(model):
+        config.tie_word_embeddings = False
+    return config
+
+
+def _tied_in_memory(model: PreTrainedModel) -> bool:
+    tensors = model.state_dict(keep_vars=True)
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    return all(a in tensors and tensors[a] is tensors.get(b) for a, b in ties.items())
+
+
+def stock_on_meta(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """The class's own model for a config, without memory."""
+    with torch.device("meta"):
+        return cls(copy.deepcopy(config)).eval()
+
+
+def state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors to store: persistent ones, tied weights once, aliases of other tensors copied."""
+    tied = hf.tied_away(model) if _tied_in_memory(model) else set()
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if name in tied or name in ignored:
+            continue
+        address = tensor.untyped_storage().data_ptr()
+        whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+        tensors[name] = tensor.detach() if address not in seen and whole else tensor.detach().clone()
+        seen.add(address)
+    return tensors
+
+
+def write_folder(
+    stage: Path,
+    model: PreTrainedModel,
+    config: Any,
+    tokenizer: Any,
+    tensors: Mapping[str, Tensor],
+    manifest: Mapping[str, Any],
+) -> None:
+    """Everything of a checkpoint, manifest last."""
+    config.save_pretrained(stage)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(stage)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(stage)
+    files = write_tensors(stage, tensors)
+    write_json(stage / MANIFEST, {**manifest, "versions": versions(), "sha256": files})
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decides what is in a checkpoint."""
+    names = ("calib", "torch", "transformers", "safetensors", "compressed-tensors")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found

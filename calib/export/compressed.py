@@ -1,0 +1,230 @@
+"""compressed-tensors: checkpoints that transformers, and others, load without calib.
+
+Layouts: ``int-quantized`` (integer weights and activations) keeps one int8 per weight; ``pack-quantized`` (weights
+only) packs codes into int32 words. Scales are stored in the model's dtype. What the format
+cannot say exactly is refused with the reason, never approximated.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from calib.errors import OutputError
+from calib.export import hf
+from calib.export.checkpoint import plain_config, require_transformers, state, stock_on_meta, write_folder
+from calib.export.files import nbytes, staged
+from calib.nn import Prefix, QuantLinear
+from calib.quantizers import AffineSpec, pack
+
+FORMAT = "compressed-tensors"
+
+
+def expressible(model: nn.Module) -> list[str]:
+    """Why compressed-tensors cannot hold this model exactly; empty where it can. One line a kind of reason."""
+    if not isinstance(model, PreTrainedModel):
+        return [f"{type(model).__name__} is not a transformers model"]
+    reasons: dict[str, str] = {}  # reason -> first module
+    if isinstance(getattr(model, "calib_prefix", None), Prefix):
+        reasons["a prefix is kept in float keys and values"] = ""
+    for rewrite in getattr(model, "calib_rewrites", ()):
+        kind = "a transposed Conv1D" if rewrite["kind"] == "conv1d" else "a bare parameter"
+        reasons.setdefault(f"{kind} was turned into a linear", rewrite["name"])
+    quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    if not quantized:
+        reasons["no linear is quantized"] = ""
+    for name, module in quantized.items():
+        for reason in _module_reasons(module, model.dtype):
+            reasons.setdefault(reason, name)
+    if not reasons:
+        dynamic = {n: m for n, m in quantized.items() if m.input.spec is not None and m.input.spec.dynamic}
+        for name, dims in _input_dims(model, dynamic).items():
+            if dims != 3:
+                reasons.setdefault(f"dynamic ranges per token on a {dims}-dimensional input", name)
+        try:
+            _stock_config(model)
+        except OutputError as error:
+            reasons[error.cause] = ""
+    return [f"{reason} ({name})" if name else reason for reason, name in reasons.items()]
+
+
+def _module_reasons(module: QuantLinear, dtype: torch.dtype) -> list[str]:
+    quantizer, spec = module.input, module.input.spec
+    reasons = []
+    if quantizer.shift is not None or quantizer.rescale is not None:
+        reasons.append("a shift or scale is fused into an activation quantizer")
+    if quantizer.hadamard > 1:
+        reasons.append("an online Hadamard precedes a linear")
+    if spec is None:
+        if not module.weight_spec.symmetric and module.weight_spec.granularity != "tensor":
+            # transformers 5.23 expects them unpacked where compressed-tensors 0.20 packs them: its own files fail too
+            reasons.append("zero points of packed weights, which transformers does not load")
+    elif quantizer.float_rows:
+        reasons.append("rows beyond the static range are computed in float")
+    elif spec.symmetric and not _full_range(spec):
+        reasons.append("symmetric activations on calib's narrow grid (its own uses the lowest code too)")
+    elif spec.dynamic and spec.granularity not in ("token", "tensor"):
+        reasons.append(f"dynamic activation ranges per {spec.granularity}")
+    elif not spec.dynamic and spec.granularity != "tensor":
+        reasons.append(f"static activation ranges per {spec.granularity}")
+    scales = [module.weight_scale, *([quantizer.scale] if quantizer.scale is not None else [])]
+    if any(not torch.equal(s.to(dtype).float(), s) for s in scales):
+        reasons.append(f"scales would be rounded to the model's {str(dtype).removeprefix('torch.')}")
+    return reasons
+
+
+def _full_range(spec: AffineSpec) -> bool:
+    """Whether a symmetric grid is compressed-tensors' own: every code, step absmax / (2^bits - 1) * 2."""
+    return bool(spec.qmin == -(2 ** (spec.bits - 1)))
+
+
+def _input_dims(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Dimensions of each module's input in one forward on the model's dummy batch: 3 is [batch, tokens, channels]."""
+    dims: dict[str, int] = {}
+    hooks = []
+    for name, module in modules.items():
+
+        def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            dims[name] = args[0].dim()
+
+        hooks.append(module.register_forward_pre_hook(note))
+    try:
+        if modules:
+            with torch.no_grad():
+                model(**model.dummy_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return dims
+
+
+def save(
+    model: nn.Module, tokenizer: Any, out: str | Path, *, manifest: Mapping[str, Any], overwrite: bool = False
+) -> Path:
+    """Write the model as a stock transformers folder in compressed-tensors format; same guarantees as checkpoint.save.
+
+    Raises OutputError with the reasons where `expressible` has any.
+    """
+    model = require_transformers(model)
+    if reasons := expressible(model):
+        raise OutputError(
+            f"compressed-tensors cannot express this model: {'; '.join(reasons)}", "use --format calib, or auto"
+        )
+    config, zero_biases = _stock_config(model)
+    tensors = _tensors(model)
+    for name, size in zero_biases.items():
+        tensors[name] = torch.zeros(size, dtype=model.dtype)
+    config.quantization_config = _quantization_config(model)
+    with staged(out, overwrite=overwrite, needed_bytes=nbytes(tensors)) as stage:
+        write_folder(stage, model, config, tokenizer, tensors, {**manifest, "format": FORMAT})
+    return Path(out).expanduser().absolute()
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    tensors = state(model)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            for key in module.state_dict():
+                tensors.pop(f"{name}.{key}", None)
+            tensors.update({f"{name}.{k}": v for k, v in _linear_tensors(module, model.dtype).items()})
+    return tensors
+
+
+def _linear_tensors(module: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """One linear in compressed-tensors' names, shapes and dtypes."""
+    spec, quantizer = module.weight_spec, module.input
+    packed = quantizer.spec is None
+    shape = {"tensor": (1,), "group": (module.out_features, -1)}.get(spec.granularity, (module.out_features, 1))
+    tensors = {"weight_scale": module.weight_scale.reshape(shape).to(dtype)}
+    if packed:
+        words = pack(module.codes(), 8) if module.weight_packed is None else module.weight_packed
+        tensors["weight_packed"] = words
+        tensors["weight_shape"] = torch.tensor([module.out_features, module.in_features])
+    else:
+        tensors["weight"] = module.codes()
+    if module.weight_zero_point is not None:
+        tensors["weight_zero_point"] = module.weight_zero_point.reshape(shape).to(torch.int8)
+    if quantizer.spec is not None and quantizer.scale is not None and quantizer.zero_point is not None:
+        tensors["input_scale"] = quantizer.scale.to(dtype)
+        if not quantizer.spec.symmetric:
+            tensors["input_zero_point"] = quantizer.zero_point.to(torch.int8)
+    if module.bias is not None:
+        tensors["bias"] = module.bias
+    return tensors
+
+
+def _quantization_config(model: PreTrainedModel) -> dict[str, Any]:
+    """The config.json entry, validated by compressed-tensors' own classes."""
+    import compressed_tensors
+    from compressed_tensors.quantization import QuantizationConfig
+
+    groups: dict[str, dict[str, Any]] = {}
+    ignore = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            scheme = {
+                "weights": _args(module.weight_spec),
+                "input_activations": None if module.input.spec is None else _args(module.input.spec),
+                "output_activations": None,
+                "format": "pack-quantized" if module.input.spec is None else "int-quantized",
+            }
+            groups.setdefault(repr(scheme), {**scheme, "targets": []})["targets"].append(name)
+        elif isinstance(module, nn.Linear):
+            ignore.append(name)
+    schemes = list(groups.values())
+    if len(schemes) == 1:
+        schemes[0]["targets"] = ["Linear"]
+    formats = {scheme["format"] for scheme in schemes}
+    config = QuantizationConfig.model_validate(
+        {
+            "config_groups": {f"group_{i}": scheme for i, scheme in enumerate(schemes)},
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "ignore": ignore,
+        }
+    )
+    dumped: dict[str, Any] = config.model_dump(mode="json")
+    return {"version": compressed_tensors.__version__, "sparsity_config": {}, "transform_config": {}, **dumped}
+
+
+def _args(spec: AffineSpec) -> dict[str, Any]:
+    return {
+        "num_bits": spec.bits,
+        "type": "int",
+        "symmetric": spec.symmetric,
+        "strategy": spec.granularity,
+        "group_size": spec.group_size,
+        "dynamic": spec.dynamic,
+    }
+
+
+def _stock_config(model: PreTrainedModel) -> tuple[Any, dict[str, int]]:
+    """The config under which the stock class has every bias that ours has, and the sizes of those to fill with zeros.
+
+    Biases that the class lacks by default are looked for behind its config's boolean ``*bias*`` flags.
+    """
+    config = plain_config(model)
+    ours = {
+        f"{name}.bias"
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "bias", None), Tensor)
+    }
+    flags = [k for k, v in config.to_dict().items() if "bias" in k and v is False]
+    for count in range(min(len(flags), 4) + 1):
+        for chosen in itertools.combinations(flags, count):
+            candidate = copy.deepcopy(config)
+            for flag in chosen:
+                setattr(candidate, flag, True)
+            theirs = stock_on_meta(type(model), candidate).state_dict()
+            if ours <= theirs.keys():
+                extra = {k: t.shape[0] for k, t in theirs.items() if k.endswith(".bias") and k not in ours}
+                return candidate, extra
+    lacking = sorted(ours - stock_on_meta(type(model), config).state_dict().keys())
+    raise OutputError(f"{type(model).__name__} has no place for {hf.some(lacking)}", "use --format calib, or auto")

@@ -1,0 +1,152 @@
+"""Output folders that are either finished or absent: staged beside the target, fsynced, moved into place at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from calib.errors import OutputError
+
+MANIFEST = "calib.json"  # written by every calib export, whatever its format: what makes a folder ours to replace
+MAX_SHARD = "5GB"
+SLACK_BYTES = 32 * 2**20  # tokenizer, config, manifest, verification batch
+
+
+def check_out(out: str | Path, *, overwrite: bool = False, needed_bytes: int = 0) -> Path:
+    """Refuse an output path that could not be written at the end; call it before any work. Returns the absolute path.
+
+    A missing or empty folder, or an earlier calib output, is fine. Anything else needs ``overwrite``, and even then a
+    folder that holds the working directory, the home directory or a repository is never replaced.
+    """
+    path = Path(out).expanduser().absolute()
+    with writing(path):
+        if path.exists() and not path.is_dir():
+            if not overwrite:
+                raise OutputError(f"{path} is a file, not a folder", "choose another --out, or pass --overwrite")
+        elif path.is_dir() and not _ours(path):
+            if not overwrite:
+                raise OutputError(
+                    f"{path} exists and holds something that calib did not write", "choose another --out, or pass --overwrite"
+                )
+            here = (Path.cwd(), Path.home())
+            if any(path == p or path in p.parents for p in here) or (path / ".git").exists():
+                raise OutputError(f"{path} holds more than a model and is never replaced", "choose another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent)).rmdir()
+        free = shutil.disk_usage(path.parent).free
+    if needed_bytes and free < needed_bytes + SLACK_BYTES:
+        raise OutputError(
+            f"{path.parent} has {free / 2**20:.0f} MiB free and the checkpoint needs {(needed_bytes + SLACK_BYTES) / 2**20:.0f}",
+            "free some space or choose another --out",
+        )
+    return path
+
+
+def _ours(path: Path) -> bool:
+    names = [p.name for p in path.iterdir()]
+    return MANIFEST in names or all(name.startswith(".calib") for name in names)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system says into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        cause = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+        fix = "free some space or choose another --out" if full else "choose an --out that this user can write"
+        raise OutputError(f"cannot write {path}: {cause}", fix) from error
+
+
+@contextlib.contextmanager
+def staged(out: str | Path, *, overwrite: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+    """A temporary sibling folder to write into; on success it becomes ``out``, on failure it is gone."""
+    path = check_out(out, overwrite=overwrite, needed_bytes=needed_bytes)
+    with writing(path):
+        stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    try:
+        with writing(path):
+            yield stage
+            mask = _umask()  # mkdtemp and safetensors write private files, an output folder is not
+            for file in [*stage.rglob("*"), stage]:
+                file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
+                _fsync(file)
+            _move(stage, path)
+            _fsync(path.parent)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def _move(stage: Path, path: Path) -> None:
+    old: Path | None = None
+    if path.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent)) / path.name
+        path.rename(old)
+    try:
+        stage.rename(path)
+    except OSError:
+        if old is not None:
+            old.rename(path)
+        raise
+    if old is not None:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write ``model.safetensors`` (or shards of at most 5 GB and their index); returns file name -> sha256."""
+    plan = split_torch_state_dict_into_shards(
+        dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD
+    )
+    for name, keys in plan.filename_to_tensors.items():
+        save_file({key: tensors[key].contiguous() for key in keys}, str(folder / name), metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+    return {name: sha256(folder / name) for name in plan.filename_to_tensors}
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def nbytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -1,0 +1,248 @@
+"""calib's format inside transformers: after ``import calib``, ``AutoModel*.from_pretrained(folder)`` gives the model.
+
+``config.json`` holds a `CalibConfig`: what each quantized linear looks like, in groups; which plain linears gained a
+bias; which stock modules became linears first; the prefix. The stock class is built on the meta device, rebuilt from
+that description, and the tensors are loaded by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from calib.errors import CalibError, ModelError
+from calib.nn import ActivationQuantizer, Prefix, QuantLinear
+from calib.quantizers import AffineSpec
+
+METHOD = "calib"
+FORMAT_VERSION = 1
+MODE_VARIABLE = "CALIB_MODE"  # 'packed' (default) or 'fake': what from_pretrained leaves the linears in
+
+
+class CalibConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of a calib checkpoint; plain JSON values only. Raises ModelError where it is not one."""
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]] = (),
+        biased_linears: Sequence[str] = (),
+        rewrites: Sequence[Mapping[str, str]] = (),
+        prefix: Mapping[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise ModelError(
+                f"the checkpoint has calib format version {format_version}, this calib reads {FORMAT_VERSION}",
+                "install a newer calib, or export the model again",
+            )
+        if unknown:
+            raise ModelError(f"quantization_config has unknown keys {sorted(unknown)}", "install the calib that wrote it")
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.groups = [dict(group) for group in groups]
+        self.biased_linears = list(biased_linears)
+        self.rewrites = [dict(rewrite) for rewrite in rewrites]
+        self.prefix = None if prefix is None else dict(prefix)
+
+
+def describe(model: nn.Module) -> CalibConfig:
+    """The CalibConfig of a quantized model in memory, without ``biased_linears`` (see checkpoint.py)."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantLinear):
+            continue
+        group = describe_linear(module)
+        groups.setdefault(repr(group), {**group, "targets": []})["targets"].append(name)
+    prefix = getattr(model, "calib_prefix", None)
+    shape = None
+    if isinstance(prefix, Prefix):
+        layers, kv_heads, _, head_dim = prefix.keys.shape
+        shape = {"tokens": list(prefix.tokens), "layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
+    return CalibConfig(list(groups.values()), rewrites=getattr(model, "calib_rewrites", ()), prefix=shape)
+
+
+def describe_linear(module: QuantLinear) -> dict[str, Any]:
+    """One group entry, without its targets."""
+    quantizer = module.input
+    return {
+        "weights": dataclasses.asdict(module.weight_spec),
+        "input": None if quantizer.spec is None else dataclasses.asdict(quantizer.spec),
+        "shift": quantizer.shift is not None,
+        "rescale": quantizer.rescale is not None,
+        "hadamard": quantizer.hadamard,
+        "float_rows": quantizer.float_rows,
+        "bias": module.bias is not None,
+    }
+
+
+def build(model: PreTrainedModel, config: CalibConfig, dtype: torch.dtype) -> None:
+    """Turn a stock model on the meta device into the skeleton that the checkpoint's tensors fit.
+
+    Names of a model with a head also serve its headless class and the reverse, as everywhere in transformers.
+    """
+    from calib.model.linears import apply_rewrites
+
+    rewrites = [{**r, "name": name} for r in config.rewrites if (name := _resolve(model, r["name"])) is not None]
+    apply_rewrites(model, rewrites)
+    with torch.device("meta"), _default_dtype(torch.float32):
+        for group in config.groups:
+            for target in group["targets"]:
+                name = _resolve(model, target)
+                if name is not None:
+                    _replace(model, name, _quant_linear(model.get_submodule(name), group, target, dtype))
+        for target in config.biased_linears:
+            name = _resolve(model, target)
+            if name is not None:
+                module = model.get_submodule(name)
+                module.bias = nn.Parameter(torch.empty(module.weight.shape[0], dtype=dtype))  # type: ignore[union-attr,index]
+        if config.prefix is not None:
+            p = config.prefix
+            model.calib_prefix = Prefix(p["tokens"], p["layers"], p["kv_heads"], p["head_dim"], dtype)
+
+
+def _quant_linear(stock: nn.Module, group: Mapping[str, Any], name: str, dtype: torch.dtype) -> QuantLinear:
+    try:
+        weights = AffineSpec(**group["weights"])
+        spec = None if group["input"] is None else AffineSpec(**group["input"])
+        n_in, n_out = int(stock.in_features), int(stock.out_features)  # type: ignore[arg-type]
+        quantizer = ActivationQuantizer(
+            spec,
+            n_in,
+            shift=group["shift"],
+            rescale=group["rescale"],
+            hadamard=group["hadamard"],
+            float_rows=group["float_rows"],
+        )
+        return QuantLinear(n_in, n_out, weights, quantizer, group["bias"], dtype)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"quantization_config does not fit {name}: {error}", "install the calib that wrote it") from error
+
+
+def _resolve(model: PreTrainedModel, name: str) -> str | None:
+    """The name under which this class knows a module or parameter of the checkpoint's class; None: not part of it."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        with contextlib.suppress(AttributeError):
+            parent, _, leaf = candidate.rpartition(".")
+            if hasattr(model.get_submodule(parent), leaf):
+                return candidate
+    if type(model).__name__ in (model.config.architectures or ()):
+        raise ModelError(
+            f"{type(model).__name__} has no {name}, which the checkpoint quantizes", "use the transformers that wrote it"
+        )
+    return None
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def tied_away(model: nn.Module) -> set[str]:
+    """Parameter names that are copies of another and never stored."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def check_files(model: PreTrainedModel, files: Iterable[str | Path]) -> None:
+    """Every tensor of the skeleton is in the files with its shape, and nothing else is; raises ModelError."""
+    expected = {k: tuple(t.shape) for k, t in model.state_dict().items() if k not in tied_away(model)}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    names = []
+    for file in files:
+        names.append(Path(file).name)
+        try:
+            with safe_open(str(file), framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118
+                    found[key] = (names[-1], tuple(handle.get_slice(key).get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is truncated or not safetensors: {error}", "export or copy the model again") from error
+    if missing := sorted(expected.keys() - found.keys()):
+        raise ModelError(f"{', '.join(names)}: tensor {some(missing)} is missing", "export the model again")
+    if extra := sorted(found.keys() - expected.keys() - tied_away(model)):
+        raise ModelError(f"{found[extra[0]][0]}: tensor {some(extra)} is not part of the model", "export the model again")
+    for key, shape in expected.items():
+        file, stored = found[key]
+        if stored != shape:
+            raise ModelError(
+                f"{file}: tensor {key} has shape {list(stored)}, the model needs {list(shape)}", "export the model again"
+            )
+
+
+def some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+
+
+class CalibHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers' from_pretrained calls for ``quant_method: calib``."""
+
+    requires_calibration = True  # from_pretrained loads what calib.quantize wrote, it quantizes nothing itself
+    quantization_config: CalibConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        build(model, self.quantization_config, kwargs.get("dtype") or torch.float32)
+        files = kwargs.get("checkpoint_files")
+        if files and type(model).__name__ in (model.config.architectures or ()):
+            check_files(model, files)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model.calib_rewrites = self.quantization_config.rewrites
+        mode = os.environ.get(MODE_VARIABLE, "packed")
+        if mode not in ("packed", "fake"):
+            raise ModelError(f"{MODE_VARIABLE}={mode} is not a mode", "set it to packed or fake")
+        set_mode(model, mode)
+        prefix = getattr(model, "calib_prefix", None)
+        if isinstance(prefix, Prefix):
+            prefix.install(model)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        return []  # stored under the names of the modules, as rebuilt: nothing to merge or rename
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def set_mode(model: nn.Module, mode: str) -> nn.Module:
+    """Switch every quantized linear to 'fake' or 'packed'."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.set_mode(mode)  # type: ignore[arg-type]
+    return model
+
+
+def register() -> None:
+    """Make transformers know ``quant_method: calib``; safe to call again."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(CalibConfig)
+        register_quantizer(METHOD)(CalibHfQuantizer)
+
+
+__all__ = ["CalibConfig", "CalibError", "CalibHfQuantizer", "build", "check_files", "describe", "register", "set_mode"]

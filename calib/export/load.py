@@ -1,0 +1,89 @@
+"""Read a checkpoint back: calib's own, compressed-tensors, or plain floats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from calib.errors import InputError, ModelError
+from calib.export import hf
+
+AGAIN = "export or copy the model again"
+
+
+def load(
+    path: str | Path,
+    mode: Literal["packed", "fake"] = "packed",
+    dtype: torch.dtype | None = None,
+    *,
+    progress: bool = False,
+) -> nn.Module:
+    """The model of a folder (or a name that model_zoo knows), in eval mode, prefix installed where it has one.
+
+    mode: 'packed' runs integer kernels where this machine has one for the format, 'fake' the same grids in floats; it
+    concerns calib's own format only. dtype: of everything that is not codes or scales; default: as stored. Raises
+    ModelError, one line that names file and tensor, for what is missing, truncated, unknown or too new.
+    """
+    return load_pair(path, mode, dtype, progress=progress)[0]
+
+
+def load_pair(
+    path: str | Path,
+    mode: Literal["packed", "fake"] = "packed",
+    dtype: torch.dtype | None = None,
+    *,
+    progress: bool = False,
+) -> tuple[nn.Module, Any]:
+    """`load`'s model and its tokenizer (None where the folder has none)."""
+    from model_zoo.sources import load_model
+
+    if mode not in ("packed", "fake"):
+        raise InputError(f"unknown mode {mode!r}", "use packed or fake")
+    if Path(path).is_dir():
+        check_folder(Path(path))
+    model, tokenizer = load_model(str(path), dtype="auto" if dtype is None else dtype, progress=progress)  # type: ignore[arg-type]
+    return hf.set_mode(model, mode), tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer saved beside a model; None where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError):
+        return None
+
+
+def check_folder(path: Path) -> dict[str, Any]:
+    """The folder's config.json; every safetensors header is read and held against its file's size."""
+    config = read_config(path)
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(str(file), framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is truncated or not safetensors ({error})", AGAIN) from error
+    return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as a dict; its calib section, if any, is validated. Raises ModelError."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror})", "name a folder that holds a saved model") from error
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON ({error})", AGAIN) from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} is not a model's config", AGAIN)
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == hf.METHOD:
+        hf.CalibConfig.from_dict(quantization)
+    return config

@@ -1,0 +1,164 @@
+"""The end of every export: reload in a fresh process with the target's own loader and compare logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from calib.errors import ModelError, VerifyError
+from calib.export.files import MANIFEST, sha256, writing
+from calib.export.load import check_folder
+
+REFERENCE = Path("verify") / "reference.safetensors"  # in a folder of its own: loaders read every top-level safetensors
+ROWS, TOKENS, TAIL = 2, 64, 16
+STORED_LOGITS = 1 << 20  # past this many, only the last TAIL positions are kept
+TOLERANCE = {"float32": 1e-3, "float64": 1e-3, "float16": 5e-3, "bfloat16": 3e-2}  # of the logit range
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """max_difference: largest |logit - reference| over the reference's range. top1: share of equal arg max."""
+
+    max_difference: float
+    tolerance: float
+    top1: float
+    positions: int
+    loader: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"a fresh process ({self.loader}) answers within {self.max_difference:.1e} of the logit range, "
+            f"equal top-1 at {self.top1:.1%} of {self.positions} positions"
+        )
+
+
+def reference_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The small batch that a checkpoint is verified on: the first 2 rows and 64 tokens of a calibration batch."""
+    return {key: value[:ROWS, :TOKENS].contiguous() for key, value in batch.items() if value.dim() == 2}
+
+
+def answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What is compared: the logits, or the last hidden states of a model without a head. fp32."""
+    with torch.no_grad():
+        output = model(**inputs)
+    result = output.logits if "logits" in output else output.last_hidden_state
+    assert isinstance(result, Tensor)
+    return result.float()
+
+
+def verify(
+    out: str | Path,
+    reference: Tensor | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+    *,
+    tolerance: float | None = None,
+) -> VerifyReport:
+    """Compare what ``out`` answers in a fresh process with ``reference``, the logits of the model it was written from.
+
+    With reference and inputs they are stored in the folder first, so that a later call needs neither. Raises
+    VerifyError where the largest difference exceeds ``tolerance`` (default by dtype: 1e-3 of the logit range in fp32),
+    or where a weight file is not the one that was written; ModelError where the folder cannot be read.
+    """
+    folder = Path(out).expanduser().absolute()
+    config = check_folder(folder)
+    _check_hashes(folder)
+    if reference is not None and inputs is not None:
+        _store(folder, reference, inputs)
+    file = folder / REFERENCE
+    try:
+        stored = load_file(file)
+        wanted = stored["logits"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ModelError(f"{file} is missing or damaged", "only exports that were verified once can be again") from error
+    own = (config.get("quantization_config") or {}).get("quant_method") == "calib"
+    start = time.perf_counter()
+    got = _fresh_answer(folder, file, own)
+    if got.dim() == 3:
+        got = got[:, -wanted.shape[1] :]
+    if got.shape != wanted.shape:
+        raise VerifyError(f"{folder} answers in shape {list(got.shape)}, not {list(wanted.shape)}", "export the model again")
+    span = float(wanted.max() - wanted.min())
+    report = VerifyReport(
+        max_difference=float((got - wanted).abs().max()) / max(span, 1e-12),
+        tolerance=TOLERANCE.get(str(config.get("dtype")), 1e-3) if tolerance is None else tolerance,
+        top1=float((got.argmax(-1) == wanted.argmax(-1)).float().mean()),
+        positions=wanted[..., 0].numel(),
+        loader="transformers with calib" if own else "transformers without calib",
+        seconds=time.perf_counter() - start,
+    )
+    if not report.max_difference <= report.tolerance:
+        raise VerifyError(
+            f"{folder} differs from the model it was written from by {report.max_difference:.2e} of the logit range, "
+            f"more than {report.tolerance:.0e} (equal top-1: {report.top1:.1%})",
+            "compare CALIB_MODE=fake, and report this as a bug",
+        )
+    return report
+
+
+def _store(folder: Path, reference: Tensor, inputs: Mapping[str, Tensor]) -> None:
+    reference = reference.detach().float().cpu()
+    if reference.dim() == 3 and reference.numel() > STORED_LOGITS:
+        reference = reference[:, -TAIL:]
+    tensors = {f"input.{key}": value.detach().cpu().contiguous() for key, value in inputs.items()}
+    file = folder / REFERENCE
+    with writing(file):
+        file.parent.mkdir(exist_ok=True)
+        part = file.with_suffix(".part")
+        save_file({**tensors, "logits": reference.contiguous()}, str(part))
+        part.replace(file)
+
+
+def _check_hashes(folder: Path) -> None:
+    file = folder / MANIFEST
+    if not file.is_file():
+        return
+    try:
+        hashes = json.loads(file.read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} is damaged", "export the model again") from error
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder / name} is missing", "export or copy the model again")
+        if sha256(folder / name) != expected:
+            raise VerifyError(f"{folder / name} is not the file that was written (sha256 differs)", "export the model again")
+
+
+def _fresh_answer(folder: Path, batch: Path, own: bool) -> Tensor:
+    worker = Path(__file__).with_name("verify_worker.py")
+    root = [str(Path(__file__).parents[2])] if own else []
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "answer.safetensors"
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        child = subprocess.run(
+            [sys.executable, str(worker), str(folder), str(batch), str(result), *root],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+        if child.returncode != 0 or not result.is_file():
+            lines = [line for line in child.stderr.splitlines() if line.strip()] or [f"exit code {child.returncode}"]
+            raise VerifyError(f"{folder} does not load in a fresh process: {lines[-1][:300]}", "export the model again")
+        return load_file(result)["logits"].clone()

@@ -1,0 +1,34 @@
+"""Run in a fresh process, by file path: load a checkpoint with its own loader, answer a stored batch, save the answer.
+
+usage: verify_worker.py FOLDER BATCH.safetensors OUT.safetensors [ROOT]. With ROOT, calib is imported from there first;
+without it, calib must not be needed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this file's folder: its neighbours are not top-level modules
+    folder, batch_file, out_file, *root = sys.argv[1:]
+    if root:
+        sys.path.insert(0, root[0])
+        import calib  # noqa: F401
+
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    architecture = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    model = getattr(transformers, architecture).from_pretrained(folder)
+    stored = load_file(batch_file)
+    inputs = {k.removeprefix("input."): v for k, v in stored.items() if k.startswith("input.")}
+    with torch.no_grad():
+        output = model(**inputs)
+    logits = output.logits if "logits" in output else output.last_hidden_state
+    assert root or "calib" not in sys.modules
+    save_file({"logits": logits.float().contiguous()}, out_file)

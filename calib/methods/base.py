@@ -1,0 +1,57 @@
+"""What a method is given and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from calib.quantizers import AffineSpec
+from calib.recipe import Recipe
+
+Loss = Callable[[Tensor], float]
+
+
+@dataclass(eq=False)
+class SiteView:
+    """One site's statistics, as a method sees them; n channels, tied channels already equal.
+
+    lo, hi [n]: extremes over all calibration rows. weight_absmax [n]: over all consumers. objective(shift) gives two
+    losses of a scale, on few rows and on many. can_shift, can_scale: whether something takes a (z, s) here.
+    """
+
+    name: str
+    kind: str
+    lo: Tensor
+    hi: Tensor
+    weight_absmax: Tensor
+    can_shift: bool
+    can_scale: bool
+    objective: Callable[[Tensor | None], tuple[Loss, Loss]]
+
+
+@dataclass(eq=False)
+class ShiftScale:
+    """A site's solution: z and s, each [n] or None; detail goes into the report."""
+
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+class SiteMethod(Protocol):
+    """Finds (z, s) of one site."""
+
+    name: str
+
+    def solve(self, site: SiteView, recipe: Recipe) -> ShiftScale: ...
+
+
+class WeightMethod(Protocol):
+    """Rounds weight [m, n]; gram [n, n] is X^T X of its input. Codes, scale, zero point."""
+
+    name: str
+
+    def quantize(self, weight: Tensor, gram: Tensor, spec: AffineSpec, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]: ...

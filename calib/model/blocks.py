@@ -1,0 +1,171 @@
+"""Blocks: the repeated layers of a model, run one at a time on captured inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib.errors import ModelError
+
+Batch = Mapping[str, Tensor]
+
+
+def call_model(model: nn.Module, batch: Batch, **extra: Any) -> Any:
+    """One forward without a key-value cache of the model's own making."""
+    if hasattr(getattr(model, "config", None), "use_cache") and "past_key_values" not in extra:
+        extra["use_cache"] = False
+    return model(**batch, **extra)
+
+
+class _Stop(Exception):
+    """Raised to end a forward once all it was run for has been seen."""
+
+
+@dataclass(eq=False)
+class Stack:
+    """Blocks that hand one hidden state on, each to the next."""
+
+    names: list[str]
+    tuple_length: int  # 0: a block returns the hidden state itself; n: a tuple of n with the hidden state first
+
+
+@dataclass(eq=False)
+class Call:
+    """What a block got beside the hidden state in one batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's hidden output, [batch, tokens, width]."""
+        if self.args:
+            out = block(hidden, *self.args[1:], **self.kwargs)
+        else:
+            out = block(**{**self.kwargs, "hidden_states": hidden})
+        result = out if isinstance(out, Tensor) else out[0]
+        assert isinstance(result, Tensor)
+        return result
+
+
+@dataclass(eq=False)
+class BlockInputs:
+    """Inputs of one stack for every batch: hidden states now, and each block's other arguments."""
+
+    hidden: list[Tensor]
+    calls: list[list[Call]] = field(default_factory=list)  # [batch][block]
+    masks: list[Tensor | None] = field(default_factory=list)  # [batch]: [B, T] bool, True: a real token
+
+
+def find_stacks(model: nn.Module, batch: Batch) -> list[Stack]:
+    """The chains of repeated blocks, in call order; the whole model as one block where there is no such chain."""
+    names = {
+        f"{list_name}.{i}".lstrip("."): block
+        for list_name, modules in model.named_modules()
+        if isinstance(modules, nn.ModuleList) and len({type(m) for m in modules}) == 1
+        for i, block in enumerate(modules)
+        if any(isinstance(m, nn.Linear) for m in block.modules())
+    }
+    outer = [n for n in names if not any(n.startswith(other + ".") for other in names if other != n)]
+    seen: list[tuple[str, Tensor, Any]] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            seen.append((name, _hidden_in(args, kwargs), output))
+
+        return hook
+
+    handles = [names[n].register_forward_hook(watch(n), with_kwargs=True) for n in outer]
+    try:
+        with torch.no_grad():
+            call_model(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    stacks: list[Stack] = []
+    last: Tensor | None = None
+    for name, hidden, output in seen:
+        out = output if isinstance(output, Tensor) else output[0]
+        length = 0 if isinstance(output, Tensor) else len(output)
+        chained = last is not None and hidden is last
+        if chained and stacks[-1].tuple_length == length:
+            stacks[-1].names.append(name)
+        else:
+            stacks.append(Stack([name], length))
+        last = out
+    called = [n for stack in stacks for n in stack.names]
+    if not called or len(set(called)) != len(called):
+        raise ModelError(
+            f"{type(model).__name__} has no chain of repeated layers that each run once",
+            "calib needs layers in an nn.ModuleList that pass one hidden state on",
+        )
+    return stacks
+
+
+def _hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def capture(
+    model: nn.Module, stack: Stack, batches: Sequence[Batch], extra: Mapping[str, Any] | None = None
+) -> BlockInputs:
+    """Run each batch with the stack's blocks passed through, keeping what they were given.
+
+    Stacks before this one run for real, so an encoder must be finished (quantized) before its decoder is captured.
+    extra: further keyword arguments of the model call.
+    """
+    inputs = BlockInputs(hidden=[])
+    blocks = [model.get_submodule(name) for name in stack.names]
+    with contextlib.ExitStack() as undo, torch.no_grad():
+        calls: list[Call] = []
+        first: list[Tensor] = []
+
+        def passing(block: nn.Module, last: bool) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = _hidden_in(args, kwargs)
+                if not calls:
+                    first.append(hidden)
+                rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                calls.append(Call(("hidden", *args[1:]) if args else (), rest))
+                if last:
+                    raise _Stop
+                return (hidden, *[None] * (stack.tuple_length - 1)) if stack.tuple_length else hidden
+
+            return forward
+
+        for i, block in enumerate(blocks):
+            block.forward = passing(block, i == len(blocks) - 1)  # type: ignore[method-assign]
+            undo.callback(delattr, block, "forward")
+        for batch in batches:
+            with contextlib.suppress(_Stop):
+                call_model(model, batch, **(extra or {}))
+            inputs.hidden.append(first.pop())
+            inputs.calls.append(list(calls))
+            mask = batch.get("attention_mask")
+            inputs.masks.append(None if mask is None or bool(mask.bool().all()) else mask.bool())
+            calls.clear()
+    return inputs
+
+
+@contextlib.contextmanager
+def observing(modules: Mapping[str, nn.Module], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``take(name, input)`` each time one of the modules runs."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def pre(module: nn.Module, args: tuple[Any, ...]) -> None:
+            take(name, args[0])
+
+        return pre
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

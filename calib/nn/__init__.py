@@ -1,0 +1,8 @@
+"""Modules that hold results. How they were found is not known here."""
+
+from calib.nn.activation import ActivationQuantizer
+from calib.nn.hadamard import best_block, block_hadamard, hadamard_matrix
+from calib.nn.linear import QuantLinear
+from calib.nn.prefix import Prefix, StatelessCache
+
+__all__ = ["ActivationQuantizer", "Prefix", "QuantLinear", "StatelessCache", "best_block", "block_hadamard", "hadamard_matrix"]

@@ -1,0 +1,182 @@
+"""QuantLinear: packed codes and scales, run as fake-quant floats or on integer kernels, from the same buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib.errors import InputError
+from calib.nn import kernels
+from calib.nn.activation import ActivationQuantizer, apply_keeping_dtypes
+from calib.quantizers import AffineSpec, decode, encode, pack, packed_width, qparams, unpack, weight_range
+
+Mode = Literal["fake", "packed"]
+
+
+class QuantLinear(nn.Module):
+    """y = Q_a(x) Q_w(W)^T + b.
+
+    Buffers are the checkpoint: ``weight`` int8 [out, in] at 8 bits, else ``weight_packed`` int32 [out, words];
+    ``weight_scale`` fp32 and ``weight_zero_point`` int32 (asymmetric only) of shape [1], [out, 1] or [out, in/g, 1];
+    ``bias`` fp32 or model dtype [out]; ``input.*`` of ActivationQuantizer. ``mode`` 'fake' computes in floats from the
+    decoded weight (cached); 'packed' runs integer kernels where this machine has one for the format, without gradients.
+    What a mode prepares is dropped whenever the buffers are loaded, moved, copied or set.
+    """
+
+    weight: Tensor | None
+    weight_packed: Tensor | None
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        weight_spec: AffineSpec,
+        input_quantizer: ActivationQuantizer,
+        bias: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        group = weight_spec.group_size
+        if group is not None and in_features % group:
+            raise InputError(
+                f"group size {group} does not divide {in_features} input channels", "choose a divisor, or exclude the layer"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_spec, self.dtype = weight_spec, dtype
+        self.input = input_quantizer
+        eight = weight_spec.bits == 8
+        words = packed_width(in_features, weight_spec.bits)
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8) if eight else None)
+        self.register_buffer("weight_packed", None if eight else torch.zeros(out_features, words, dtype=torch.int32))
+        shape = self._scale_shape()
+        self.register_buffer("weight_scale", torch.ones(shape, dtype=torch.float32))
+        zero_point = None if weight_spec.symmetric else torch.zeros(shape, dtype=torch.int32)
+        self.register_buffer("weight_zero_point", zero_point)
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
+        self.mode: Mode = "fake"
+        self._decoded: Tensor | None = None
+        self._kernel: kernels.Kernel | None = None
+
+    def _scale_shape(self) -> tuple[int, ...]:
+        spec = self.weight_spec
+        if spec.granularity == "group":
+            assert spec.group_size is not None
+            return (self.out_features, self.in_features // spec.group_size, 1)
+        return (1,) if spec.granularity == "tensor" else (self.out_features, 1)
+
+    @classmethod
+    def from_float(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_spec: AffineSpec,
+        input_quantizer: ActivationQuantizer,
+        *,
+        codes: Tensor | None = None,
+        scale: Tensor | None = None,
+        zero_point: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> QuantLinear:
+        """Quantize weight [out, in] (already transformed by its site) to nearest, or take a solver's codes and scales."""
+        out_features, in_features = weight.shape
+        module = cls(in_features, out_features, weight_spec, input_quantizer, bias is not None, weight.dtype)
+        if codes is None:
+            scale, zero_point = qparams(*weight_range(weight, weight_spec, importance), weight_spec)
+            codes = encode(weight, scale, zero_point, weight_spec)
+        assert scale is not None and zero_point is not None
+        module.set_codes(codes, scale, zero_point)
+        if bias is not None:
+            module.bias = bias.detach().clone()
+        return module
+
+    def set_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        """Take int8 codes [out, in] with their scale and zero point, shaped as ``weight_range`` gives them."""
+        shape = self._scale_shape()
+        self.weight_scale = scale.float().reshape(shape)
+        if not self.weight_spec.symmetric:
+            self.weight_zero_point = zero_point.to(torch.int32).reshape(shape)
+        if self.weight_spec.bits == 8:
+            self.weight = codes.contiguous()
+        else:
+            self.weight_packed = pack(codes, self.weight_spec.bits)
+        self._forget()
+
+    def codes(self) -> Tensor:
+        """int8 codes [out, in]."""
+        if self.weight is not None:
+            return self.weight
+        assert self.weight_packed is not None
+        return unpack(self.weight_packed, self.weight_spec.bits, self.in_features)
+
+    def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of the weight the codes stand for, in the module's dtype (of the transformed input)."""
+        rows = slice(start, stop)
+        if self.weight is not None:
+            codes = self.weight[rows]
+        else:
+            assert self.weight_packed is not None
+            codes = unpack(self.weight_packed[rows], self.weight_spec.bits, self.in_features)
+        one = self.weight_spec.granularity == "tensor"
+        scale = self.weight_scale if one else self.weight_scale[rows]
+        zero = self.weight_zero_point
+        zero = scale.new_zeros((), dtype=torch.int32) if zero is None else zero if one else zero[rows]
+        return decode(codes, scale, zero, self.weight_spec).to(self.dtype)
+
+    def set_mode(self, mode: Mode) -> QuantLinear:
+        self.mode = mode
+        self._forget()
+        return self
+
+    @property
+    def kernel(self) -> kernels.Kernel:
+        """What runs in mode 'packed' (``.kernel_name`` names it), chosen at first use."""
+        if self._kernel is None:
+            self._kernel = kernels.select(self)
+        return self._kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "packed":
+            return self.kernel(x)
+        if self._decoded is None:
+            with torch.inference_mode(False):  # so that a model first run in inference mode can still be tuned
+                self._decoded = self.dequantize()
+        return F.linear(self.input(x), self._decoded.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def _forget(self) -> None:
+        self._decoded, self._kernel = None, None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        apply_keeping_dtypes(self, fn, recurse, ("weight_scale",))
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight_scale.device))
+        if probe.is_floating_point():
+            self.dtype = probe.dtype
+        self._forget()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decoded": None, "_kernel": None}  # a copy must not run on the original's buffers
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Stand in for a weight: F.linear(x, module) calls the module (experts kept as parameters, see model/linears)."""
+        if func is not F.linear:
+            return NotImplemented
+        given = dict(zip(("input", "weight", "bias"), args, strict=False), **(kwargs or {}))
+        if not isinstance(given["weight"], cls):
+            return NotImplemented
+        y = given["weight"](given["input"])
+        return y if given.get("bias") is None else y + given["bias"]
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, weight={self.weight_spec}, mode={self.mode}"

@@ -1,0 +1,171 @@
+"""Scheme (which number formats, which layers) and Recipe (which methods, how): validated data with named presets."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from calib.errors import InputError
+from calib.quantizers import AffineSpec
+
+SiteChoice = Literal["norm", "vo", "updown", "fc", "fused"]
+METHODS = ("rtn", "smoothquant", "os+", "hadamard", "gptq")
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Scheme(_Data):
+    """Number formats. ``exclude``/``include``: regular expressions on full module names of Linears.
+
+    attention: format of q, k, v and the probabilities as they enter the attention matmuls; kv: format of the keys and
+    values in the cache. Both dynamic, off by default.
+    """
+
+    name: str
+    weights: AffineSpec
+    inputs: AffineSpec | None = None
+    attention: AffineSpec | None = None
+    kv: AffineSpec | None = None
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def static(self) -> bool:
+        return self.inputs is not None and not self.inputs.dynamic
+
+
+def _weights(bits: int) -> AffineSpec:
+    return AffineSpec(bits, symmetric=True, granularity="channel", range="minmax" if bits > 4 else "mse")
+
+
+def _token(bits: int) -> AffineSpec:
+    return AffineSpec(bits, symmetric=False, granularity="token", dynamic=True)
+
+
+def _tensor(bits: int) -> AffineSpec:
+    return AffineSpec(bits, symmetric=False, granularity="tensor", range="minmax" if bits == 8 else "mse")
+
+
+GROUP64 = AffineSpec(4, symmetric=True, granularity="group", group_size=64, range="mse")
+SCHEMES: dict[str, Scheme] = {
+    "w8a8": Scheme(name="w8a8", weights=_weights(8), inputs=_token(8)),
+    "w8a8-static": Scheme(name="w8a8-static", weights=_weights(8), inputs=_tensor(8)),
+    "w6a6": Scheme(name="w6a6", weights=_weights(6), inputs=_token(6)),
+    "w6a6-static": Scheme(name="w6a6-static", weights=_weights(6), inputs=_tensor(6)),
+    "w4a8": Scheme(name="w4a8", weights=_weights(4), inputs=_token(8)),
+    "w4a8-static": Scheme(name="w4a8-static", weights=_weights(4), inputs=_tensor(8)),
+    "w4a4": Scheme(name="w4a4", weights=_weights(4), inputs=_token(4)),
+    "w4a4-static": Scheme(name="w4a4-static", weights=_weights(4), inputs=_tensor(4)),
+    "w4a16": Scheme(name="w4a16", weights=GROUP64),
+}
+
+
+class Recipe(_Data):
+    """What is done, in order, and on what data.
+
+    methods: ``name`` or ``name:value`` (SmoothQuant's alpha, Hadamard's block). sites: which site classes may be
+    transformed; ``fused`` lets the input quantizer carry what no producer can absorb. shift, scale: OS+'s two halves.
+    prefix: ``auto`` looks for massive first-token activations under static grids; ``none``; or the token ids.
+    float_rows: share of rows (the largest) that a static range leaves out and that run in float; 0 is off.
+    inputs: whether a block is calibrated on what the quantized blocks before it produce, or on float.
+    """
+
+    scheme: Scheme
+    methods: tuple[str, ...] = ("os+",)
+    sites: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
+    shift: bool = True
+    scale: bool = True
+    search: Literal["fast", "exhaustive"] = "fast"
+    prefix: Literal["auto", "none"] | tuple[int, ...] = "auto"
+    float_rows: float = 0.0
+    inputs: Literal["quantized", "float"] = "quantized"
+    samples: int = 128
+    seq_len: int = 512
+    batch_size: int = 8
+    seed: int = 0
+    damp: float = 0.01
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        for method in methods:
+            name = method.partition(":")[0]
+            if name not in METHODS:
+                raise ValueError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
+        if not methods:
+            raise ValueError(f"no method given; choose from {', '.join(METHODS)}")
+        return methods
+
+    @field_validator("samples", "seq_len", "batch_size")
+    @classmethod
+    def _positive(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+
+def scheme(name: str | Scheme, **changes: object) -> Scheme:
+    """A preset by name, or the given scheme.
+
+    changes: ``weight_bits``, ``weight_group`` (0: per channel), ``weight_symmetric``, ``weight_range``, ``input_bits``,
+    ``input_symmetric``, ``input_granularity`` ('tensor', 'token'), ``input_range``, ``attention_bits``, ``kv_bits``,
+    ``exclude``; None leaves the preset's value.
+    """
+    if isinstance(name, Scheme):
+        base = name
+    elif name in SCHEMES:
+        base = SCHEMES[name]
+    else:
+        raise InputError(f"unknown scheme {name!r}", f"choose from {', '.join(SCHEMES)}")
+    given = {key: value for key, value in changes.items() if value is not None}
+    weights, inputs = base.weights, base.inputs
+    for key in [k for k in given if k.startswith(("weight_", "input_"))]:
+        side, _, field = key.partition("_")
+        value = given.pop(key)
+        if side == "weight":
+            weights = _changed(weights, field, value)
+        elif inputs is None:
+            raise InputError(f"{key} given, but scheme {base.name} leaves activations in float", "choose w8a8 or the like")
+        else:
+            inputs = _changed(inputs, field, value)
+    update: dict[str, object] = {"weights": weights, "inputs": inputs}
+    for key, target in (("attention_bits", "attention"), ("kv_bits", "kv")):
+        if bits := given.pop(key, None):
+            assert isinstance(bits, int)
+            update[target] = AffineSpec(bits, symmetric=False, granularity="token", dynamic=True)
+    if "exclude" in given:
+        update["exclude"] = tuple(given.pop("exclude"))  # type: ignore[arg-type]
+    if given:
+        raise InputError(f"unknown scheme options {sorted(given)}", "see calib.recipe.scheme")
+    result = base.model_copy(update=update)
+    for rule in result.exclude:
+        try:
+            re.compile(rule)
+        except re.error as error:
+            raise InputError(f"exclude rule {rule!r} is not a regular expression ({error})", "fix the pattern") from error
+    return result
+
+
+def _changed(spec: AffineSpec, field: str, value: object) -> AffineSpec:
+    if field == "group":
+        if not value:
+            return spec.with_(granularity="channel", group_size=None)
+        return spec.with_(granularity="group", group_size=value)
+    if field == "granularity":
+        return spec.with_(granularity=value, dynamic=value != "tensor")
+    return spec.with_(**{field: value})
+
+
+def recipe(scheme: Scheme, method: str, **options: object) -> Recipe:
+    """A Recipe from ``"os+,gptq"`` and options, with one-line errors; options that are None keep their defaults."""
+    given = {key: value for key, value in options.items() if value is not None}
+    methods = tuple(part.strip() for part in method.split(",") if part.strip())
+    try:
+        return Recipe(scheme=scheme, methods=methods, **given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"option {where}: {first['msg'].removeprefix('Value error, ')}", "see calib quantize --help") from error

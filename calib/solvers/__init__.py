@@ -1,0 +1,19 @@
+"""The mathematics: tensors in, tensors out. Knows no modules and no files."""
+
+from calib.solvers.gptq import gptq
+from calib.solvers.objective import LinearObjective, quantize_input, quantize_weight
+from calib.solvers.os_plus import Search, midpoint, scale_for, search_exhaustive, search_fast
+from calib.solvers.smoothquant import smoothing_scale
+
+__all__ = [
+    "LinearObjective",
+    "Search",
+    "gptq",
+    "midpoint",
+    "quantize_input",
+    "quantize_weight",
+    "scale_for",
+    "search_exhaustive",
+    "search_fast",
+    "smoothing_scale",
+]

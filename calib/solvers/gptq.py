@@ -1,0 +1,70 @@
+"""GPTQ (arXiv 2210.17323): round column by column, spreading each error over the columns still to come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calib.errors import NumericsError
+from calib.quantizers import AffineSpec, qparams, weight_range
+
+BLOCK = 128
+
+
+def inverse_factor(gram: Tensor, damp: float) -> Tensor:
+    """Upper Cholesky factor [n, n] (fp32) of (H + damp mean(diag H) I)^-1; damping grows until H is factorable."""
+    hessian = gram.double()
+    mean = hessian.diagonal().mean().clamp(min=1e-12)
+    for _ in range(6):
+        damped = hessian + damp * mean * torch.eye(len(hessian), dtype=torch.float64, device=gram.device)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            inverse, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not bool(bad) and bool(torch.isfinite(inverse).all()):
+                return inverse.float()
+        damp *= 10
+    raise NumericsError("the Gram matrix of a site cannot be factored", "use more calibration rows or method os+ alone")
+
+
+def gptq(
+    weight: Tensor, gram: Tensor, spec: AffineSpec, damp: float = 0.01, act_order: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 [m, n], scale and zero point (shaped as ``weight_range``'s) of weight [m, n] under inputs' X^T X [n, n].
+
+    Scales come from the weight before rounding (groups too, so that columns may be taken in any order); act_order takes
+    columns by falling energy. Columns without energy are rounded to nearest.
+    """
+    n = weight.shape[1]
+    energy = gram.diagonal().clone()
+    scale, zero_point = qparams(*weight_range(weight, spec, energy / energy.mean().clamp(min=1e-12)), spec)
+    column_scale, column_zero = _per_column(scale, spec, n), _per_column(zero_point.float(), spec, n)
+    gram = gram.clone()
+    dead = energy <= 0
+    gram[dead, dead] = 1.0
+    order = torch.argsort(energy, descending=True, stable=True) if act_order else torch.arange(n, device=weight.device)
+    factor = inverse_factor(gram[order][:, order], damp)
+    rest = weight.float()[:, order].clone()
+    steps, zeros = column_scale[:, order], column_zero[:, order]
+    codes = torch.empty_like(rest)
+    for start in range(0, n, BLOCK):
+        end = min(start + BLOCK, n)
+        block, errors = rest[:, start:end], torch.zeros_like(rest[:, start:end])
+        for i in range(end - start):
+            column, d = block[:, i], factor[start + i, start + i]
+            step, zero = steps[:, start + i], zeros[:, start + i]
+            q = torch.round(column / step).add_(zero).clamp_(spec.qmin, spec.qmax)
+            codes[:, start + i] = q
+            errors[:, i] = (column - (q - zero) * step) / d
+            block[:, i:] -= torch.outer(errors[:, i], factor[start + i, start + i : end])
+        rest[:, end:] -= errors @ factor[start:end, end:]
+    result = torch.empty_like(codes)
+    result[:, order] = codes
+    return result.to(torch.int8), scale, zero_point
+
+
+def _per_column(values: Tensor, spec: AffineSpec, n: int) -> Tensor:
+    """Scales as [rows, n], one a column."""
+    if spec.granularity == "group":
+        assert spec.group_size is not None
+        return values.squeeze(-1).repeat_interleave(spec.group_size, dim=1)
+    return values.reshape(-1, 1).expand(-1, n)

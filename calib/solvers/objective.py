@@ -1,0 +1,43 @@
+"""What a candidate scale costs: mean over tokens of the summed squared output error, as it will be deployed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calib.quantizers import AffineSpec, fake_quantize, fake_quantize_dynamic, qparams, weight_range
+
+
+def quantize_input(x: Tensor, spec: AffineSpec | None, lo: Tensor, hi: Tensor) -> Tensor:
+    """Fake-quantize rows x [..., n]; lo, hi [n]: channel extremes over all calibration rows, for static grids."""
+    if spec is None:
+        return x
+    if spec.dynamic:
+        return fake_quantize_dynamic(x, spec)
+    return fake_quantize(x, *qparams(lo.amin(), hi.amax(), spec), spec)
+
+
+def quantize_weight(weight: Tensor, spec: AffineSpec) -> Tensor:
+    """Fake-quantize weight [m, n] with min-max ranges at the spec's granularity (no clipping search inside a search)."""
+    plain = spec.with_(range="minmax")
+    return fake_quantize(weight, *qparams(*weight_range(weight, plain), plain), plain)
+
+
+class LinearObjective:
+    """loss(s) = mean_t sum_o |(x W^T - Q_a(x / s) Q_w(W s)^T)|^2 for the Linears that read one tensor.
+
+    x [T, n]: shifted rows. weight [m, n]: all consumers stacked. lo, hi [n]: shifted channel extremes. Everything fp32;
+    the bias cancels. Source: OS+ (arXiv 2304.09145) eq. 9, for a site whose next step is not a matmul of its outputs.
+    """
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, lo: Tensor, hi: Tensor, inputs: AffineSpec | None, weights: AffineSpec
+    ) -> None:
+        self.x, self.weight, self.lo, self.hi = x.float(), weight.float(), lo, hi
+        self.inputs, self.weights = inputs, weights
+        self.target = self.x @ self.weight.T
+
+    def __call__(self, scale: Tensor) -> float:
+        x = quantize_input(self.x / scale, self.inputs, self.lo / scale, self.hi / scale)
+        error = torch.addmm(self.target, x, quantize_weight(self.weight * scale, self.weights).T, beta=-1)
+        return float(error.square_().sum(1).mean())

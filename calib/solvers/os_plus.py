@@ -1,0 +1,89 @@
+"""Outlier Suppression+ (arXiv 2304.09145): channel shift by the midpoint, channel scale by one searched threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[Tensor], float]
+
+
+@dataclass(frozen=True)
+class Search:
+    """Outcome of a threshold search. curve: (threshold, loss) of every candidate scored, in order."""
+
+    threshold: float
+    scale: Tensor
+    loss: float
+    identity_loss: float
+    curve: tuple[tuple[float, float], ...]
+
+
+def midpoint(lo: Tensor, hi: Tensor) -> Tensor:
+    """Eq. 5: z_j = (max_j + min_j) / 2. lo, hi [n]: channel extremes. After it every channel is symmetric about 0."""
+    return (lo + hi) / 2
+
+
+def scale_for(absmax: Tensor, threshold: float) -> Tensor:
+    """Eq. 8: s_j = max(1, absmax_j / t). absmax [n], of the shifted tensor; channels within the threshold stay."""
+    return (absmax / threshold).clamp(min=1.0)
+
+
+def exhaustive_grid(absmax: Tensor, lower: float = 1.0) -> list[float]:
+    """The paper code's grid: t = T, T - d, ... >= L with d = (T - L) / K, K = max(100, floor(T / 0.5)).
+
+    T is the largest magnitude. L shrinks to T / 100 where T <= 100 L, so that small tensors are searched as well
+    (the original skips the search without a word when T < L).
+    """
+    top = float(absmax.amax())
+    lower = min(lower, top / 100)
+    count = max(100, int(top / 0.5))
+    step = (top - lower) / count
+    return [top - i * step for i in range(count + 1)] if top > 0 else []
+
+
+def coarse_grid(absmax: Tensor, count: int = 20) -> list[float]:
+    """``count`` log-spaced thresholds from T down to a quarter of the median channel (or T / 64, if that is lower)."""
+    top = float(absmax.amax())
+    if top <= 0:
+        return []
+    bottom = max(min(float(absmax.median()) / 4, top / 64), top / 4096)
+    return [top * (bottom / top) ** (i / (count - 1)) for i in range(count)]
+
+
+def search_exhaustive(absmax: Tensor, loss: Loss, grid: Sequence[float] | None = None) -> Search:
+    """Score every threshold of the grid; strict improvement only, so ties go to the larger threshold."""
+    candidates = exhaustive_grid(absmax) if grid is None else list(grid)
+    identity = loss(torch.ones_like(absmax))
+    best, curve = (float("inf"), identity), [(float("inf"), identity)]
+    for threshold in candidates:
+        curve.append((threshold, loss(scale_for(absmax, threshold))))
+        if curve[-1][1] < best[1]:
+            best = curve[-1]
+    return Search(best[0], scale_for(absmax, best[0]), best[1], identity, tuple(curve))
+
+
+def search_fast(absmax: Tensor, rank: Loss, exact: Loss, refine: int = 8, keep: int = 4) -> Search:
+    """Rank a coarse grid and ``refine`` points around its best with ``rank``; score the best ``keep`` and s = 1 exactly.
+
+    rank, exact: the same objective on few and on many rows. The scale returned is never worse than s = 1 on ``exact``.
+    """
+    ones = torch.ones_like(absmax)
+    ranked = [(t, rank(scale_for(absmax, t))) for t in coarse_grid(absmax)]
+    if ranked:
+        at = min(range(len(ranked)), key=lambda i: ranked[i][1])
+        high, low = ranked[max(at - 1, 0)][0], ranked[min(at + 1, len(ranked) - 1)][0]
+        for i in range(1, refine + 1):
+            threshold = high * (low / high) ** (i / (refine + 1))
+            ranked.append((threshold, rank(scale_for(absmax, threshold))))
+    identity = exact(ones)
+    best = (float("inf"), identity)
+    for threshold, _ in sorted(ranked, key=lambda point: point[1])[:keep]:
+        score = exact(scale_for(absmax, threshold))
+        if score < best[1]:
+            best = (threshold, score)
+    curve = ((float("inf"), rank(ones)), *sorted(ranked, reverse=True))
+    return Search(best[0], scale_for(absmax, best[0]), best[1], identity, curve)

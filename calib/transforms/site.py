@@ -1,0 +1,68 @@
+"""What a transform needs of a site: modules and channel maps, without how they were found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(eq=False)
+class FoldProducer:
+    """A norm (``offset`` + weight is its gain) or a Linear (``offset`` None) that absorbs per-channel (z, s)."""
+
+    module: nn.Module
+    index: Tensor  # [n]: producer channel behind each channel of the site
+    offset: float | None
+    takes_shift: bool
+
+    @property
+    def channels(self) -> int:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[0]
+
+    def absorb(self, shift: Tensor | None, scale: Tensor | None) -> None:
+        """y <- (y - z) / s in producer channels: subtract before dividing."""
+        module = self.module
+        weight, bias = module.weight, getattr(module, "bias", None)
+        assert isinstance(weight, Tensor)
+        with torch.no_grad():
+            if shift is not None:
+                moved = -shift.to(weight.dtype) if bias is None else bias - shift.to(weight.dtype)
+                module.bias = nn.Parameter(moved, requires_grad=False)
+            if scale is not None:
+                s = scale.to(weight.dtype)
+                if self.offset is None:
+                    weight.div_(s[:, None])
+                else:
+                    weight.copy_((weight + self.offset) / s - self.offset)
+                if isinstance(getattr(module, "bias", None), Tensor):
+                    module.bias = nn.Parameter(module.bias / s, requires_grad=False)  # type: ignore[operator]
+
+
+@dataclass(eq=False)
+class FoldTarget:
+    """One site: its consumers and, where there is one, the producer that can absorb a fold."""
+
+    name: str
+    features: int
+    consumers: list[nn.Linear]
+    producer: FoldProducer | None
+
+    def tie(self, values: Tensor, reduce: str) -> Tensor:
+        """values [n] with channels that share a producer channel (grouped-query heads) made equal by ``amin``/``amax``."""
+        if self.producer is None:
+            return values
+        index = self.producer.index
+        pooled = values.new_zeros(self.producer.channels).scatter_reduce(0, index, values, reduce, include_self=False)
+        return pooled[index]
+
+    def to_producer(self, values: Tensor | None, neutral: float) -> Tensor | None:
+        """values [n], equal on tied channels, in producer channels; ``neutral`` where the site takes nothing."""
+        if values is None or self.producer is None:
+            return None
+        out = values.new_full((self.producer.channels,), neutral)
+        out[self.producer.index] = values
+        return out
