@@ -17,7 +17,8 @@ from calib.errors import (
 )
 from calib.export import hf as _hf
 from calib.export.load import load, load_tokenizer
-from calib.export.verify import verify
+from calib.export.verify import VerifyReport, verify
+from calib.quantize import Result, plan, quantize  # the functions, not the module: bound here, after its import
 from calib.quantize import Result, plan, quantize
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "OutputError",
     "Result",
     "VerifyError",
+    "VerifyReport",
     "load",
     "load_tokenizer",
     "plan",

@@ -21,7 +21,7 @@ import typer
 from safetensors import SafetensorError
 
 import calib
-from calib.errors import CalibError, InputError, ModelError, NumericsError, OutputError
+from calib.errors import CalibError, DataError, InputError, ModelError, NumericsError, OutputError
 from calib.recipe import METHODS, SCHEMES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,6 +74,7 @@ def quantize(
     acts_range: ActsRange = None,
     search: Search = "fast",
     inputs: Inputs = "quantized",
+    float_rows: Annotated[float, typer.Option(help="Share of rows left out of static ranges and run in float.")] = 0.0,
     format: Annotated[str, typer.Option(help="auto, calib or compressed-tensors.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
@@ -94,21 +95,20 @@ def quantize(
         seq_len=seq_len,
         seed=seed,
         batch_size=batch_size,
-        prefix=_prefix(prefix),
+        prefix=_prefix(prefix, model),
         sites=_sites(sites),
-        exclude=tuple(exclude or ()) or None,
-        weight_range=weights_range,
-        input_range=acts_range,
         search=search,
         inputs=inputs,
-        format=format,
+        float_rows=float_rows,
+        format=_one_of("format", format, ("auto", "calib", "compressed-tensors")),  # type: ignore[arg-type]
         overwrite=overwrite,
-        verify=verify,
+        verified=verify,
         dtype=_dtype(dtype),
         progress=not quiet,
+        scheme_options=_scheme_options(exclude, weights_range, acts_range),
     )
     if not quiet:
-        print(result.report)
+        print(_text(result))
     if as_json:
         summary = result.plan.summary()
         _print_json(
@@ -130,7 +130,6 @@ def plan(
     sites: Sites = "exact",
     exclude: Exclude = None,
     threads: Threads = None,
-    dtype: Dtype = "float32",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -140,10 +139,10 @@ def plan(
         model,
         scheme=scheme,
         method=method,
-        prefix=_prefix(prefix),
+        prefix=_prefix(prefix, model),
         sites=_sites(sites),
-        exclude=tuple(exclude or ()) or None,
-        dtype=_dtype(dtype),
+        progress=not quiet,
+        scheme_options=_scheme_options(exclude, None, None),
     )
     if not quiet:
         print(found.table())
@@ -171,8 +170,9 @@ def evaluate(
     from calib.export.load import load_pair
 
     _set_up(threads)
-    if task not in ("perplexity", "classification", "similarity"):
-        raise InputError(f"unknown task {task!r}", "use perplexity, classification or similarity")
+    _one_of("task", task, ("perplexity", "classification", "similarity"))
+    if not Path(data).exists():
+        raise DataError(f"there is no file {data}", "check --data")
 
     def measure(name: str) -> Result:
         network, tokenizer = load_pair(name, mode, _dtype(dtype), progress=not quiet)  # type: ignore[arg-type]
@@ -253,19 +253,56 @@ def info(threads: Threads = None, as_json: Json = False) -> None:
             print(f"{title}: {', '.join(value) if isinstance(value, list) else value}")
 
 
-def _prefix(text: str) -> str | tuple[int, ...]:
+def _text(result: calib.Result) -> str:
+    """What a run says on the terminal."""
+    summary, report = result.plan.summary(), result.report
+    lines = [f"{summary['quantized']} linears quantized, {summary['transformed']} of them transformed"]
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in summary["excluded"].items():
+        by_reason.setdefault(reason, []).append(name)
+    lines += [f"left in float, {reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+    lines += result.plan.notes
+    worst = sorted(report["block_error"].items(), key=lambda item: -item[1])[:3]
+    lines.append("largest block errors: " + ", ".join(f"{name} {error:.2%}" for name, error in worst))
+    if result.out is not None:
+        lines.append(f"written to {result.out}, format {report['format']}")
+    if "verify" in report:
+        lines.append(str(calib.VerifyReport(**report["verify"])))
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items())
+    return "\n".join([*lines, f"seconds: {stages}", f"peak memory: {_peak_rss_mib()} MiB"])
+
+
+def _prefix(text: str, model: str) -> str | tuple[int, ...]:
+    """auto, none, token ids, or text, which the model's tokenizer turns into ids."""
+    if text in ("auto", "none"):
+        return text
     parts = text.split(",")
-    return tuple(int(part) for part in parts) if all(part.strip().isdecimal() for part in parts) else text
+    if all(part.strip().isdecimal() for part in parts):
+        return tuple(int(part) for part in parts)
+    tokenizer = calib.load_tokenizer(model)
+    if tokenizer is None:
+        raise InputError(f"--prefix {text!r} is text and {model} has no tokenizer", "give token ids, e.g. --prefix 1")
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _sites(text: str) -> tuple[str, ...] | None:
     return None if text == "exact" else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def _scheme_options(exclude: list[str] | None, weights: str | None, inputs: str | None) -> dict[str, Any]:
+    for name, rule in (("weights-range", weights), ("acts-range", inputs)):
+        _one_of(name, rule or "minmax", ("minmax", "mse", "percentile"))
+    return {"exclude": tuple(exclude or ()) or None, "weight_range": weights, "input_range": inputs}
+
+
+def _one_of(option: str, value: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise InputError(f"unknown {option} {value!r}", f"use {', '.join(known)}")
+    return value
+
+
 def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise InputError(f"unknown dtype {name!r}", f"use {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return DTYPES[_one_of("dtype", name, list(DTYPES))]
 
 
 def _set_up(threads: int | None) -> None:
@@ -332,8 +369,11 @@ def run(argv: Sequence[str]) -> int:
         message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
         if message is None or code is None:
             raise
-        text = " ".join(message().split())
-        print(f"error: {text}; see calib --help" if text else "", file=sys.stderr)
+        text = message()
+        if text.startswith("Usage:"):  # no arguments at all: the help is the answer
+            print(text)
+        else:
+            print(f"error: {' '.join(text.split())}; see calib --help", file=sys.stderr)
         return int(code)
 
 

@@ -246,7 +246,7 @@ def _load_tokenizer(found: ResolvedModel, trust_remote_code: bool) -> PreTrained
 
 @contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """Errors only from transformers (its report of missing weights is an error of ours), no bars unless wanted."""
+    """Errors only from transformers (missing weights are an error of ours), no bars unless wanted."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calib.engine.context import ContextObjective
+from calib.engine.memory import reuse_pages
 from calib.engine.prefix import PrefixBuilder
 from calib.engine.state import SiteState
 from calib.errors import NumericsError
@@ -23,7 +24,7 @@ from calib.nn import ActivationQuantizer, QuantLinear
 from calib.recipe import Recipe
 from calib.transforms import relative_error, undone_on_failure
 
-PROBE_TOKENS = 1024
+PROBE_TOKENS, PROBES = 512, 3
 TOLERANCE = 1e-5
 
 
@@ -38,16 +39,15 @@ class Outcome:
 
 
 def split_probes(batches: Sequence[Batch]) -> list[Batch]:
-    """The same rows, with the first ones in two small batches of about 1,024 tokens for the searches."""
+    """The same rows, with the first ones in three small batches: a search ranks on the first, scores on all three."""
     rows, first = [], dict(batches[0])
     length = next(iter(first.values())).shape[-1]
     size = next(iter(first.values())).shape[0]
     take = max(1, -(-PROBE_TOKENS // max(length, 1)))
-    for start in (0, take):
-        if start < size:
-            rows.append({k: v[start : start + take] for k, v in first.items()})
-    if 2 * take < size:
-        rows.append({k: v[2 * take :] for k, v in first.items()})
+    cuts = [0, take, 2 * take, min(4 * take, size), size]
+    for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+        if start < min(end, size):
+            rows.append({k: v[start:end] for k, v in first.items()})
     return [*rows, *batches[1:]]
 
 
@@ -64,6 +64,7 @@ class Engine:
 
     def run(self, batches: Sequence[Batch]) -> Outcome:
         """Process every stack. The model's planned Linears are QuantLinears afterwards."""
+        reuse_pages()
         batches = split_probes(batches)
         total = sum(len(stack.names) for stack in self.plan.stacks)
         with torch.no_grad(), tqdm(total=total, unit="block", disable=not self.progress, desc="calibrating") as bar:
@@ -110,21 +111,20 @@ class Engine:
             for site in self.plan.blocks[name].sites
             if any(f"{name}.{path}" in self.wanted for path in site.consumers)
         ]
-        if self.prefix is not None and prefix is not None:
-            self.prefix.take(i, block, prefix.calls[0][i], prefix.hidden[0])
+        refresh = self._refresher(i, block, prefix)
+        refresh()
         with self.timed("probe"):
             before = runs[0]()
         self._rotate(states)
         float_outputs = self._observe(name, block, states, runs, inputs.masks)
         for state in states:
             for method in self.site_methods:
-                self._solve(name, block, state, method, runs, inputs.masks, before)
+                self._solve(name, block, state, method, runs, inputs.masks, before, refresh)
         with self.timed("proof"):
             drift = relative_error(runs[0](), before)
             if drift > 10 * TOLERANCE:
                 raise NumericsError(f"the folds of {name} changed its float output by {drift:.1e}", "report this model")
-        if self.prefix is not None and prefix is not None:
-            prefix.hidden[0] = self.prefix.take(i, block, prefix.calls[0][i], prefix.hidden[0])
+        after_prefix = refresh()
         with self.timed("weights"):
             for state in states:
                 self._quantize_site(name, block, state)
@@ -132,7 +132,19 @@ class Engine:
             quantized = [run() for run in runs] if self.recipe.inputs == "quantized" else [runs[0]()]
         error = float((quantized[0] - before).norm() / before.norm().clamp(min=1e-30))
         self.outcome.blocks[name] = error
+        if prefix is not None and after_prefix is not None:
+            prefix.hidden[0] = after_prefix
         inputs.hidden[:] = quantized if self.recipe.inputs == "quantized" else float_outputs
+
+    def _refresher(self, i: int, block: nn.Module, prefix: BlockInputs | None) -> Callable[[], Tensor | None]:
+        """Writes this layer's prefix keys and values anew (after each fold); returns the block's output for the prefix."""
+
+        def refresh() -> Tensor | None:
+            if self.prefix is None or prefix is None:
+                return None
+            return self.prefix.take(i, block, prefix.calls[0][i], prefix.hidden[0])
+
+        return refresh
 
     def _whole(self, name: str, site: Site) -> bool:
         """True where every consumer is quantized: only then may their input carry a transform of its own."""
@@ -142,8 +154,10 @@ class Engine:
         if self.rotation is None:
             return
         for state in states:
+            if not takes_rotation(state.site) or not state.whole:
+                continue
             size = self.rotation.block_for(state.site.features)
-            if takes_rotation(state.site) and state.whole and size > 1:
+            if size > 1:
                 state.transform.rotate(size)
                 state.detail["hadamard"] = size
 
@@ -182,21 +196,28 @@ class Engine:
         runs: Sequence[Callable[[], Tensor]],
         masks: Sequence[Tensor | None],
         before: Tensor,
+        refresh: Callable[[], Tensor | None],
     ) -> None:
         if state.transform.input.hadamard > 1:
             return
         with self.timed("solve"):
             probes = []
             if state.site.context is not None and method.name == "os+" and self.recipe.scheme.inputs is not None:
-                many = ContextObjective(block, state.site, runs[:2], masks[:2])
+                many = ContextObjective(block, state.site, runs[:PROBES], masks[:PROBES])
                 few = ContextObjective(block, state.site, runs[:1], masks[:1])
                 probes = [few, many]
             found = method.solve(state.view(probes), self.recipe)
         state.detail.update(method=method.name, **found.detail)
-        self._apply(name, state, found, runs[0], before)
+        self._apply(name, state, found, runs[0], before, refresh)
 
     def _apply(
-        self, name: str, state: SiteState, found: ShiftScale, run: Callable[[], Tensor], before: Tensor
+        self,
+        name: str,
+        state: SiteState,
+        found: ShiftScale,
+        run: Callable[[], Tensor],
+        before: Tensor,
+        refresh: Callable[[], Tensor | None],
     ) -> None:
         """Fold what the producer takes, fuse the rest; a change that fails its proof is undone and named."""
         if found.shift is None and found.scale is None:
@@ -212,10 +233,12 @@ class Engine:
                     state.transform.fuse(left, None)
             else:
                 state.transform.fuse(found.shift, found.scale)
+            refresh()
         state.detail["proof"] = error[0]
         if error[0] <= TOLERANCE:
             state.moved(found.shift, found.scale)
             return
+        refresh()
         self.outcome.notes.append(
             f"{name}.{state.target.name}: transform undone, it changed the block's output by {error[0]:.1e}"
         )

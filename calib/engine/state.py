@@ -34,6 +34,8 @@ class SiteState:
         self.sample = RowSample(n, EXACT_ROWS, seed=recipe.seed)
         self.quantile = Quantile()
         self.moments = [Moments(n, gram) for _ in site.groups]
+        self.needs_moments = gram or recipe.scheme.weights.range == "mse"
+        self.tokens = [0] * len(site.groups)
         self.detail: dict[str, Any] = {}
 
     def observe(self, group: int, x: Tensor, mask: Tensor | None) -> None:
@@ -41,7 +43,9 @@ class SiteState:
         self.range.update(rows)
         self.sample.update(rows)
         self.quantile.update(rows[:: max(1, rows.shape[0] // 256)])
-        self.moments[group].update(rows)
+        self.tokens[group] += rows.shape[0]
+        if self.needs_moments:
+            self.moments[group].update(rows)
 
     def finish(self, name: str) -> None:
         """After observing: refuse what is not finite; an expert nobody reached gets the whole site's moments."""
@@ -49,13 +53,15 @@ class SiteState:
             raise NumericsError(f"{name} saw no calibration token", "give more data, or exclude the layer")
         if not bool(torch.isfinite(self.range.absmax).all()):
             raise NumericsError(f"activations at {name} hold NaN or inf", "check the weights and the data, or exclude it")
-        for i, moments in enumerate(self.moments):
-            if moments.count == 0:
+        for i, moments in enumerate(list(self.moments)):
+            if self.tokens[i]:
+                continue
+            self.detail.setdefault("unseen", []).extend(self.site.groups[i])
+            if self.needs_moments:
                 merged = Moments(self.site.features, gram=moments.gram is not None)
                 for other in self.moments:
                     merged.merge(other)
                 self.moments[i] = merged
-                self.detail.setdefault("unseen", []).append(self.site.groups[i][0])
 
     def view(self, probes: Sequence[ContextObjective]) -> SiteView:
         """What site methods see. probes: the site's context objective on few and on many tokens, where it has one."""

@@ -44,9 +44,9 @@ def describe(model: PreTrainedModel) -> tuple[hf.CalibConfig, Any]:
     skeleton = stock_on_meta(type(model), config)
     hf.build(skeleton, quantization, model.dtype)
     have, want = _shapes(model), _shapes(skeleton)
-    biases = [name for name in have.keys() - want.keys() if name.endswith(".bias")]
-    quantization.biased_linears = sorted(name.removesuffix(".bias") for name in biases)
-    if biases:
+    gained = (name.removesuffix(".bias") for name in have.keys() - want.keys() if name.endswith(".bias"))
+    quantization.biased_linears = sorted(name for name in gained if f"{name}.weight" in want)
+    if quantization.biased_linears:
         skeleton = stock_on_meta(type(model), config)
         hf.build(skeleton, quantization, model.dtype)
         want = _shapes(skeleton)
@@ -61,7 +61,7 @@ def describe(model: PreTrainedModel) -> tuple[hf.CalibConfig, Any]:
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, str]:
-    tied = hf.tied_away(model)
+    tied = hf.tied_away(model) if _tied_in_memory(model) else ()
     return {name: str(list(t.shape)) for name, t in model.state_dict().items() if name not in tied}
 
 
@@ -134,9 +134,10 @@ def write_folder(
 
 def versions() -> dict[str, str]:
     """Of everything that decides what is in a checkpoint."""
-    names = ("calib", "torch", "transformers", "safetensors", "compressed-tensors")
-    found = {}
-    for name in names:
+    from calib import __version__  # not from the metadata: a checkout has none
+
+    found = {"calib": __version__}
+    for name in ("torch", "transformers", "safetensors", "compressed-tensors"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

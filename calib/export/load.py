@@ -51,11 +51,15 @@ def load_pair(
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer saved beside a model; None where there is none."""
+    """The tokenizer of a folder or a name that model_zoo knows; None where there is none."""
     from transformers import AutoTokenizer
 
+    from model_zoo.sources import resolve
+
+    found = resolve(str(path), progress=False)
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        options = {"gguf_file": found.gguf_file} if found.gguf_file else {}
+        return AutoTokenizer.from_pretrained(found.path, **options)
     except (OSError, ValueError):
         return None
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,17 @@ REFERENCE = Path("verify") / "reference.safetensors"  # in a folder of its own: 
 ROWS, TOKENS, TAIL = 2, 64, 16
 STORED_LOGITS = 1 << 20  # past this many, only the last TAIL positions are kept
 TOLERANCE = {"float32": 1e-3, "float64": 1e-3, "float16": 5e-3, "bfloat16": 3e-2}  # of the logit range
+KERNEL_TOLERANCE = {"float32": 1e-4, "float64": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}  # of a linear's largest output
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """max_difference: largest |logit - reference| over the reference's range. top1: share of equal arg max."""
+    """max_difference: largest |logit - reference| over the reference's range. top1: share of equal arg max.
+
+    Of calib's own format the fresh process runs the float arithmetic of the reference, from the packed file, for these;
+    kernel_difference holds each integer kernel against it on the same inputs (see kernel_check.py), and packed_* are
+    the logits of the whole model on integer kernels, for information.
+    """
 
     max_difference: float
     tolerance: float
@@ -38,14 +44,23 @@ class VerifyReport:
     positions: int
     loader: str
     seconds: float
+    kernel_difference: float | None = None
+    packed_difference: float | None = None
+    packed_top1: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
-        return (
-            f"a fresh process ({self.loader}) answers within {self.max_difference:.1e} of the logit range, "
+        text = (
+            f"verified: a fresh process ({self.loader}) answers within {self.max_difference:.1e} of the logit range, "
             f"equal top-1 at {self.top1:.1%} of {self.positions} positions"
+        )
+        if self.kernel_difference is None:
+            return text
+        return (
+            f"{text}; kernels within {self.kernel_difference:.1e} linear by linear (running freely: "
+            f"{self.packed_difference:.1e} of the range, top-1 {self.packed_top1:.1%})"
         )
 
 
@@ -89,27 +104,43 @@ def verify(
         raise ModelError(f"{file} is missing or damaged", "only exports that were verified once can be again") from error
     own = (config.get("quantization_config") or {}).get("quant_method") == "calib"
     start = time.perf_counter()
-    got = _fresh_answer(folder, file, own)
-    if got.dim() == 3:
-        got = got[:, -wanted.shape[1] :]
-    if got.shape != wanted.shape:
-        raise VerifyError(f"{folder} answers in shape {list(got.shape)}, not {list(wanted.shape)}", "export the model again")
-    span = float(wanted.max() - wanted.min())
+    answers = _fresh_answer(folder, file, own)
+    difference, top1 = _compare(folder, answers["logits"], wanted)
     report = VerifyReport(
-        max_difference=float((got - wanted).abs().max()) / max(span, 1e-12),
+        max_difference=difference,
         tolerance=TOLERANCE.get(str(config.get("dtype")), 1e-3) if tolerance is None else tolerance,
-        top1=float((got.argmax(-1) == wanted.argmax(-1)).float().mean()),
+        top1=top1,
         positions=wanted[..., 0].numel(),
         loader="transformers with calib" if own else "transformers without calib",
         seconds=time.perf_counter() - start,
     )
-    if not report.max_difference <= report.tolerance:
+    if not difference <= report.tolerance:
         raise VerifyError(
-            f"{folder} differs from the model it was written from by {report.max_difference:.2e} of the logit range, "
-            f"more than {report.tolerance:.0e} (equal top-1: {report.top1:.1%})",
-            "compare CALIB_MODE=fake, and report this as a bug",
+            f"{folder} differs from the model it was written from by {difference:.2e} of the logit range, "
+            f"more than {report.tolerance:.0e} (equal top-1: {top1:.1%})",
+            "report this as a bug",
         )
-    return report
+    if not own:
+        return report
+    kernels, allowed = float(answers["kernels"]), KERNEL_TOLERANCE.get(str(config.get("dtype")), 1e-4)
+    if not kernels <= allowed:
+        raise VerifyError(
+            f"an integer kernel of this machine differs from float arithmetic by {kernels:.2e} of a linear's largest "
+            f"output, more than {allowed:.0e}",
+            "load with mode='fake', and report this as a bug",
+        )
+    packed, packed_top1 = _compare(folder, answers["packed"], wanted)
+    return replace(report, kernel_difference=kernels, packed_difference=packed, packed_top1=packed_top1)
+
+
+def _compare(folder: Path, got: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """Largest difference over the range of ``wanted``, share of equal arg max; of the last positions, if fewer are wanted."""
+    if got.dim() == 3:
+        got = got[:, -wanted.shape[1] :]
+    if got.shape != wanted.shape:
+        raise VerifyError(f"{folder} answers in shape {list(got.shape)}, not {list(wanted.shape)}", "export the model again")
+    span = max(float(wanted.max() - wanted.min()), 1e-12)
+    return float((got - wanted).abs().max()) / span, float((got.argmax(-1) == wanted.argmax(-1)).float().mean())
 
 
 def _store(folder: Path, reference: Tensor, inputs: Mapping[str, Tensor]) -> None:
@@ -140,7 +171,7 @@ def _check_hashes(folder: Path) -> None:
             raise VerifyError(f"{folder / name} is not the file that was written (sha256 differs)", "export the model again")
 
 
-def _fresh_answer(folder: Path, batch: Path, own: bool) -> Tensor:
+def _fresh_answer(folder: Path, batch: Path, own: bool) -> dict[str, Tensor]:
     worker = Path(__file__).with_name("verify_worker.py")
     root = [str(Path(__file__).parents[2])] if own else []
     with tempfile.TemporaryDirectory() as scratch:
@@ -161,4 +192,4 @@ def _fresh_answer(folder: Path, batch: Path, own: bool) -> Tensor:
         if child.returncode != 0 or not result.is_file():
             lines = [line for line in child.stderr.splitlines() if line.strip()] or [f"exit code {child.returncode}"]
             raise VerifyError(f"{folder} does not load in a fresh process: {lines[-1][:300]}", "export the model again")
-        return load_file(result)["logits"].clone()
+        return {name: tensor.clone() for name, tensor in load_file(result).items()}

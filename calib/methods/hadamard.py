@@ -7,7 +7,7 @@ from calib.nn import best_block, hadamard_matrix
 
 
 class Hadamard:
-    """``hadamard:128`` sets the block; by default the largest power of two up to 512 that divides the width."""
+    """``hadamard:128`` sets the block; by default the largest power of two up to 128 that divides the width."""
 
     name = "hadamard"
     kinds = ("updown", "fc")

@@ -5,4 +5,12 @@ from calib.nn.hadamard import best_block, block_hadamard, hadamard_matrix
 from calib.nn.linear import QuantLinear
 from calib.nn.prefix import Prefix, StatelessCache
 
-__all__ = ["ActivationQuantizer", "Prefix", "QuantLinear", "StatelessCache", "best_block", "block_hadamard", "hadamard_matrix"]
+__all__ = [
+    "ActivationQuantizer",
+    "Prefix",
+    "QuantLinear",
+    "StatelessCache",
+    "best_block",
+    "block_hadamard",
+    "hadamard_matrix",
+]

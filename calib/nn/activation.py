@@ -14,11 +14,12 @@ from calib.quantizers import AffineSpec, encode, fake_quantize, minmax, qparams
 class ActivationQuantizer(nn.Module):
     """x [..., n] -> rotate((x - shift) / rescale) -> grid.
 
-    The affine is what no neighbour could absorb (design decision 3): RMSNorm and down_proj shifts, post-LN taps. Static
-    grids hold ``scale`` [1] fp32 and ``zero_point`` [1] int32. With ``float_rows`` a row that leaves the static range
-    (a massive first token) or holds NaN keeps its float values: rare rows, exact. Arithmetic is in fp32 (fp64 for fp64
-    input), and ``model.to(dtype)`` leaves the buffers in fp32. A NaN elsewhere comes out NaN of a dynamic grid and of
-    ``forward``; the integer codes of a static grid cannot hold it.
+    The affine is what no neighbour could absorb (design decision 3): RMSNorm and down_proj shifts, post-LN
+    taps. Static grids hold ``scale`` [1] fp32 and ``zero_point`` [1] int32. With ``float_rows`` a row that
+    leaves the static range (a massive first token) or holds NaN keeps its float values: rare rows, exact.
+    Arithmetic is in fp32 (fp64 for fp64 input), and ``model.to(dtype)`` leaves the buffers in fp32. A NaN
+    elsewhere comes out NaN of a dynamic grid and of ``forward``; the integer codes of a static grid cannot
+    hold it.
     """
 
     scale: Tensor | None
@@ -70,10 +71,11 @@ class ActivationQuantizer(nn.Module):
         return self.float_rows and self.scale is not None
 
     def outside(self, x: Tensor) -> Tensor:
-        """Rows [...] (bool) of the transformed x that leave the static range by more than half a step, or hold NaN."""
+        """Rows [...] (bool) of the transformed x over half a step outside the static range, or with NaN."""
         assert self.spec is not None and self.scale is not None and self.zero_point is not None
-        lo = (self.spec.qmin - self.zero_point - 0.5) * self.scale
-        hi = (self.spec.qmax - self.zero_point + 0.5) * self.scale
+        scale, zero_point = self.scale.reshape(()), self.zero_point.reshape(())
+        lo = (self.spec.qmin - zero_point - 0.5) * scale
+        hi = (self.spec.qmax - zero_point + 0.5) * scale
         return ~((x.amin(dim=-1) >= lo) & (x.amax(dim=-1) <= hi))
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +103,7 @@ class ActivationQuantizer(nn.Module):
 def apply_keeping_dtypes(
     module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool, names: tuple[str, ...]
 ) -> None:
-    """nn.Module._apply for a module whose named buffers move between devices but never lose precision to ``.to(bf16)``."""
+    """nn.Module._apply, but the named buffers only change device: ``.to(bf16)`` leaves their dtype."""
     before = {name: buffer for name in names if (buffer := getattr(module, name)) is not None}
     nn.Module._apply(module, fn, recurse)
     for name, buffer in before.items():

@@ -14,11 +14,13 @@ DENSE = 64  # blocks up to this order are one matrix product; larger ones two sm
 
 @functools.lru_cache(maxsize=16)
 def hadamard_matrix(order: int) -> Tensor:
-    """A Hadamard matrix [order, order] of +-1 entries (H H^T = order I, not always symmetric), fp32 on the CPU.
+    """A Hadamard matrix [order, order] of +-1 entries (H H^T = order I, not always symmetric), fp32 on the
+    CPU.
 
-    Sylvester's doubling wherever half the order is known, Paley's first construction for order = q + 1 (q prime,
-    q % 4 == 3: 12, 20, 24, 44, ...) and his second for order = 2 (q + 1) (q prime, q % 4 == 1: 28, 36, 76, ...). Raises
-    InputError where none of these reaches the order. The result is shared: do not write to it.
+    Sylvester's doubling wherever half the order is known, Paley's first construction for order = q + 1 (q
+    prime, q % 4 == 3: 12, 20, 24, 44, ...) and his second for order = 2 (q + 1) (q prime, q % 4 == 1: 28, 36,
+    76, ...). Raises InputError where none of these reaches the order. The result is shared: do not write to
+    it.
     """
     with torch.inference_mode(False), torch.device("cpu"):
         return _matrix(order)
@@ -40,8 +42,12 @@ def _matrix(order: int) -> Tensor:
             core = torch.zeros(half, half, dtype=torch.float32)
             core[0, 1:], core[1:, 0] = 1.0, 1.0
             core[1:, 1:] = _jacobsthal(half - 1)
-            return torch.kron(core, _signs([[1, 1], [1, -1]])) + torch.kron(torch.eye(half), _signs([[1, -1], [-1, -1]]))
-    raise InputError(f"no known Hadamard matrix of order {order}", "choose a power of two that divides the width")
+            return torch.kron(core, _signs([[1, 1], [1, -1]])) + torch.kron(
+                torch.eye(half), _signs([[1, -1], [-1, -1]])
+            )
+    raise InputError(
+        f"no known Hadamard matrix of order {order}", "choose a power of two that divides the width"
+    )
 
 
 def _signs(rows: list[list[int]]) -> Tensor:
@@ -69,7 +75,7 @@ def _known(order: int) -> bool:
     return paley or _known(order // 2)
 
 
-def best_block(width: int, largest: int = 512) -> int:
+def best_block(width: int, largest: int = 128) -> int:
     """The largest power of two up to ``largest`` that divides width (1 where width is odd)."""
     block = 1
     while block * 2 <= largest and width % (block * 2) == 0:
@@ -86,7 +92,7 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
     outer = _outer(block)
     if outer == 1:
         return (x.reshape(-1, block) @ _orthonormal(block, x.device, x.dtype)).view(x.shape)
-    # H = H_outer (x) H_inner, and H_outer is symmetric: x H is H_outer X H_inner of x's block read as [outer, inner]
+    # H = H_outer (x) H_inner, H_outer symmetric: x H is H_outer X H_inner, X the block read as [outer, inner]
     left, right = _orthonormal(outer, x.device, x.dtype), _orthonormal(block // outer, x.device, x.dtype)
     rows = (x.reshape(-1, block // outer) @ right).view(-1, outer, block // outer)
     return torch.matmul(left, rows).view(x.shape)
@@ -100,7 +106,7 @@ def _orthonormal(order: int, device: torch.device, dtype: torch.dtype) -> Tensor
 
 @functools.lru_cache(maxsize=32)
 def _outer(block: int) -> int:
-    """The power of two that doubling alone put on the outside, nearest the square root of the block; 1: keep it dense."""
+    """The power of two, near the root of the block, that doubling put on the outside; 1: keep it dense."""
     if block <= DENSE:
         return 1
     outer = 1

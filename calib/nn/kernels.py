@@ -1,32 +1,280 @@
-"""What runs: the one place that chooses a kernel for a packed QuantLinear on this machine."""
+"""What runs: the one place that chooses a kernel for a packed QuantLinear on this machine.
+
+Every kernel computes what ``QuantLinear.forward`` computes in mode 'fake', from the same codes: the integer
+ones sum exactly in int32 and rescale in fp32, so they differ from it by the rounding of a float accumulation
+only. Operators have private names in torch and not every machine runs them right (without VNNI int8 products
+saturate): each is probed once, with the extremes of its codes, against exact integers. Kernels record no
+gradients.
+"""
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from calib.nn.linear import QuantLinear
 
-Kernel = Callable[[Tensor], Tensor]
+Operator = Literal["qlinear", "int_mm", "int4"]
+
+TILE = 1 << 20  # weights decoded to float at a time: the tile stays in cache
+LONGEST = 1 << 16  # inputs of which every int32 sum, zero point included, is safe from overflow
+INT4_GROUPS = (32, 64, 128, 256)  # what torch's int4 kernel takes, with outputs in multiples of 16
+INT4_ROWS = 32  # beyond, decoding the weight once costs less than decoding it for every row
+PROBES = [(1, 64, 32), (2, 129, 7), (33, 512, 48)]  # rows, inputs (at most 512: sums exact in fp32), outputs
+
+
+class Kernel(Protocol):
+    """x [..., in] -> y [..., out], dtype of x."""
+
+    kernel_name: str
+    reason: str  # why nothing faster serves the format; empty for the integer kernels
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
 def select(module: QuantLinear) -> Kernel:
-    """The fastest kernel that serves the module's format here; falls back to transient dequantize + F.linear."""
-    return _dequantize(module)
+    """The fastest kernel that serves the module's format here: integer GEMM, else transient float weight."""
+    reason = _refusal(module)
+    if not reason:
+        return _integer(module)
+    return _int4(module, reason) if _fits_int4(module) else _dequantize(module, reason)
 
 
 def describe() -> dict[str, str]:
-    """Format -> the kernel that serves it on this machine, and why."""
-    return {"any": "dequantize: transient float weight, F.linear"}
+    """Format -> the kernel that serves it on this machine's CPU, and why."""
+    many = {bits: _refused("qlinear", limit) for bits, limit in ((8, 127), (7, 63))}
+    one = _refused("int_mm", 127)
+    single = "" if one else "; single rows: torch._int_mm"
+    fallback = "dequantize: float weight by tiles, then float GEMM"
+
+    def integer(bits: int, note: str) -> str:
+        return f"{fallback} ({many[bits]})" if many[bits] else f"int8: onednn qlinear, {note}"
+
+    four = _refused("int4", 7)
+    int4 = fallback if four else f"bf16, up to {INT4_ROWS} rows: int4pack of ATen; otherwise {fallback}"
+    return {
+        "w8a8-static": integer(8, f"u8 activations, scales and bias fused{single}"),
+        "w8a8": integer(8, f"u8 activations, scale per row afterwards{single}"),
+        "w2..w7, integer activations": integer(7, "weights held as int8 (scales per channel or tensor)"),
+        "weights asymmetric or in groups": f"{fallback} (the scale changes inside a sum)",
+        "w4a16 in groups, bf16 model": int4 + (f" ({four})" if four else ""),
+        "float activations otherwise": f"{fallback} (torch's int4 and int8 kernels round to bf16)",
+    }
 
 
-def _dequantize(module: QuantLinear) -> Kernel:
+def _refusal(module: QuantLinear) -> str:
+    """Why no integer GEMM serves the module; empty where one does."""
+    weight, inputs, device = module.weight_spec, module.input.spec, module.weight_scale.device
+    if inputs is None:
+        return "activations are float"
+    if not weight.symmetric or "group" in (weight.granularity, inputs.granularity):
+        return "a scale or zero point changes inside a sum"
+    if not 0 < module.in_features <= LONGEST or not module.out_features:
+        return f"{module.in_features} inputs, {module.out_features} outputs"
+    if device.type == "cpu":
+        return _refused("qlinear", 127 if weight.bits == 8 else 63)
+    if device.type == "cuda":
+        odd = module.in_features % 8 or module.out_features % 8
+        return "torch._int_mm wants multiples of 8" if odd else _refused("int_mm", 127, "cuda")
+    return f"no integer GEMM known on {device.type}"
+
+
+def _integer(module: QuantLinear) -> Kernel:
+    """Codes of x, int32 sums of products, fp32 rescale; rows that leave a static range in float if asked."""
+    quantizer, spec, columns = module.input, module.input.spec, module.in_features
+    assert spec is not None
+    weight = module.codes().contiguous()
+    scale = module.weight_scale.reshape(-1).float().expand(module.out_features).contiguous()
+    bias = None if module.bias is None else module.bias.float()
+    sums = None if spec.symmetric else weight.sum(dim=1, dtype=torch.int32)
+    cpu, static = weight.device.type == "cpu", quantizer.scale is not None
+    step, zero = _scalars(quantizer.scale, quantizer.zero_point)
+    # A single row is memory-bound and wants plain codes: at 8 bits the checkpoint has them for nothing.
+    single = module.weight is weight and columns > 1 and not _refused("int_mm", 127)
+    plain = weight if single or not cpu else None
+    float_rows = _tiled(module) if quantizer.watches_rows else None
+    no_zero = torch.zeros_like(scale, dtype=torch.int32)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None) if plain is None else None
+
+    def product(codes: Tensor, x_scale: Tensor, zero_point: Tensor) -> Tensor:
+        nonlocal packed
+        if plain is not None and (not cpu or len(codes) == 1):
+            total = _int_mm(codes, plain)
+            if sums is not None:
+                total = total - zero_point * sums
+            y = total.float().mul_(scale).mul_(x_scale)
+            return y if bias is None else y.add_(bias)
+        if packed is None:
+            packed = torch.ops.onednn.qlinear_prepack(plain, None)
+        if static:
+            return _qlinear(codes, step, zero, packed, scale, no_zero, bias)
+        y = _qlinear(codes, 1.0, 0, packed, scale, no_zero, None)
+        if sums is not None:
+            y.sub_(zero_point * (sums * scale))
+        return y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale.expand(len(y), 1), out=y)
+
+    @torch.no_grad()
     def run(x: Tensor) -> Tensor:
-        return F.linear(module.input(x), module.dequantize().to(x.dtype), module.bias)
+        if x.numel() == 0:
+            return x.new_zeros(*x.shape[:-1], len(scale))
+        rows = quantizer.transformed(x).reshape(-1, columns)
+        y = product(*quantizer.codes(rows)).to(x.dtype)
+        if float_rows is not None and bool((outside := quantizer.outside(rows)).any()):
+            y[outside] = float_rows(rows[outside].to(x.dtype))
+        return y.view(*x.shape[:-1], len(scale))
 
-    run.kernel_name = "dequantize"  # type: ignore[attr-defined]
-    return run
+    return _named(run, "int8 qlinear" if cpu else "int8 int_mm")
+
+
+def _fits_int4(module: QuantLinear) -> bool:
+    spec = module.weight_spec
+    return (
+        (spec.bits, spec.symmetric, module.dtype) == (4, True, torch.bfloat16)
+        and spec.group_size in INT4_GROUPS
+        and module.out_features % 16 == 0
+        and module.weight_scale.device.type == "cpu"
+        and not _refused("int4", 7)
+    )
+
+
+def _int4(module: QuantLinear, reason: str) -> Kernel:
+    """Few bf16 rows on ATen's int4 kernel (it rounds scales where 'fake' rounds weights), the rest tiled."""
+    quantizer, out, columns, matmul = module.input, module.out_features, module.in_features, _tiled(module)
+    codes, scale, group = module.codes(), module.weight_scale, module.weight_spec.group_size
+    bias = None if module.bias is None else module.bias.to(torch.bfloat16)
+    assert group is not None
+    multiply = _int4_product(codes, scale.view(out, -1), group)
+
+    @torch.no_grad()
+    def run(x: Tensor) -> Tensor:
+        rows = quantizer(x).reshape(-1, columns)
+        if x.dtype != torch.bfloat16 or not 0 < len(rows) <= INT4_ROWS:
+            return matmul(rows).view(*x.shape[:-1], out)
+        y = multiply(rows)
+        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], out)
+
+    return _named(run, "int4pack", reason)
+
+
+def _int4_product(codes: Tensor, scale: Tensor, group: int) -> Callable[[Tensor], Tensor]:
+    """bf16 x [M, in] -> x W^T, W of 4-bit codes [out, in] and scales [out, in/group]."""
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
+    pairs = torch.stack([scale.t(), torch.zeros_like(scale.t())], dim=-1).to(torch.bfloat16).contiguous()
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, pairs)
+
+
+def _scalars(scale: Tensor | None, zero_point: Tensor | None) -> tuple[float, int]:
+    return (1.0, 0) if scale is None or zero_point is None else (float(scale), int(zero_point))
+
+
+def _dequantize(module: QuantLinear, reason: str) -> Kernel:
+    """A float GEMM on fake-quantized input; no float copy of the weight outlives a tile."""
+    quantizer, out, columns, matmul = module.input, module.out_features, module.in_features, _tiled(module)
+
+    @torch.no_grad()
+    def run(x: Tensor) -> Tensor:
+        return matmul(quantizer(x).reshape(-1, columns)).view(*x.shape[:-1], out)
+
+    return _named(run, "dequantize", reason)
+
+
+def _tiled(module: QuantLinear) -> Callable[[Tensor], Tensor]:
+    """x [M, in] -> x W^T + b in x's dtype, W decoded a tile of rows at a time; the module must outlive it."""
+    owner = weakref.ref(module)  # a cycle would keep dead models in memory
+    out = module.out_features
+    step = out if module.weight_scale.device.type != "cpu" else max(16, TILE // max(module.in_features, 1))
+
+    def matmul(x: Tensor) -> Tensor:
+        module = owner()
+        assert module is not None
+        y = x.new_empty(len(x), out)
+        for start in range(0, out, step):
+            y[:, start : start + step] = x @ module.dequantize(start, start + step).to(x.dtype).t()
+        return y if module.bias is None else y.add_(module.bias.to(x.dtype))
+
+    return matmul
+
+
+def _named(run: Callable[[Tensor], Tensor], name: str, reason: str = "") -> Kernel:
+    run.kernel_name, run.reason = name, reason  # type: ignore[attr-defined]
+    return run  # type: ignore[return-value]
+
+
+def _qlinear(
+    codes: Tensor,
+    x_scale: float,
+    zero_point: int,
+    packed: Tensor,
+    scale: Tensor,
+    no_zero: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """(codes - zero_point) x_scale times the prepacked weight, + bias, in fp32; codes int8, overwritten.
+
+    oneDNN is fast on unsigned activations only: code + 128 is the same byte with its top bit flipped.
+    """
+    return torch.ops.onednn.qlinear_pointwise(
+        codes.view(torch.uint8).bitwise_xor_(128),
+        x_scale,
+        zero_point + 128,
+        packed,
+        scale,
+        no_zero,
+        bias,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+
+
+def _int_mm(codes: Tensor, weight: Tensor) -> Tensor:
+    """int32 [M, out] of int8 codes [M, in] and weight [out, in]; CUDA wants more than 16 rows."""
+    if codes.device.type == "cuda" and len(codes) <= 16:
+        padded = torch.nn.functional.pad(codes, (0, 0, 0, 17 - len(codes)))
+        return torch._int_mm(padded, weight.t())[: len(codes)]
+    return torch._int_mm(codes, weight.t())
+
+
+@functools.cache
+def _refused(operator: Operator, limit: int, device: str = "cpu") -> str:
+    """Why the operator cannot be trusted here with weights in [-limit, limit]; empty where it is exact."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = PROBES if device == "cpu" else [(17, 64, 32), (3, 128, 8)]
+    try:
+        if operator == "int4":
+            return _int4_refusal(generator)
+        for m, k, n in shapes:
+            x = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator)
+            w = torch.randint(-limit, limit + 1, (n, k), dtype=torch.int8, generator=generator)
+            x[0], w[0], w[1] = 127, limit, -limit
+            exact = x.long() @ w.long().t()
+            x, w = x.to(device), w.to(device)
+            if operator == "int_mm":
+                got = _int_mm(x, w)
+            else:
+                packed, no_zero = torch.ops.onednn.qlinear_prepack(w, None), torch.zeros(n, dtype=torch.int32)
+                got = _qlinear(x.clone(), 1.0, 0, packed, torch.ones(n), no_zero, None)
+            if not torch.equal(got.cpu().long(), exact):
+                return f"{operator} is not exact on this {device} (no VNNI?)"
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        return f"{operator} does not run here: {' '.join(str(error).split())[:80]}"
+    return ""
+
+
+def _int4_refusal(generator: torch.Generator) -> str:
+    codes = torch.randint(-8, 8, (48, 128), dtype=torch.int8, generator=generator)
+    # Powers of two as scales and small integers as inputs: exact in bf16 up to the rounding of the result.
+    scale = 2.0 ** torch.randint(-3, 3, (48, 4), generator=generator)
+    x = torch.randint(-3, 4, (3, 128), generator=generator)
+    weight = (codes.unflatten(1, (4, 32)) * scale.unsqueeze(-1)).flatten(1)
+    got, exact = _int4_product(codes, scale, 32)(x.to(torch.bfloat16)).float(), x.float() @ weight.t()
+    return "" if torch.allclose(got, exact, rtol=1e-2) else "int4 is wrong on this cpu"

@@ -1,4 +1,4 @@
-"""QuantLinear: packed codes and scales, run as fake-quant floats or on integer kernels, from the same buffers."""
+"""QuantLinear: packed codes and scales, run as fake-quant floats or integer kernels from the same buffers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Mode = Literal["fake", "packed"]
 class QuantLinear(nn.Module):
     """y = Q_a(x) Q_w(W)^T + b.
 
-    Buffers are the checkpoint: ``weight`` int8 [out, in] at 8 bits, else ``weight_packed`` int32 [out, words];
-    ``weight_scale`` fp32 and ``weight_zero_point`` int32 (asymmetric only) of shape [1], [out, 1] or [out, in/g, 1];
-    ``bias`` fp32 or model dtype [out]; ``input.*`` of ActivationQuantizer. ``mode`` 'fake' computes in floats from the
-    decoded weight (cached); 'packed' runs integer kernels where this machine has one for the format, without gradients.
-    What a mode prepares is dropped whenever the buffers are loaded, moved, copied or set.
+    Buffers are the checkpoint: ``weight`` int8 [out, in] at 8 bits, else ``weight_packed`` int32 [out,
+    words]; ``weight_scale`` fp32 and ``weight_zero_point`` int32 (asymmetric only) of shape [1], [out, 1] or
+    [out, in/g, 1]; ``bias`` fp32 or model dtype [out]; ``input.*`` of ActivationQuantizer. ``mode`` 'fake'
+    computes in floats from the decoded weight (cached); 'packed' runs integer kernels where this machine has
+    one for the format, without gradients. What a mode prepares is dropped whenever the buffers are loaded,
+    moved, copied or set.
     """
 
     weight: Tensor | None
@@ -46,15 +47,20 @@ class QuantLinear(nn.Module):
         group = weight_spec.group_size
         if group is not None and in_features % group:
             raise InputError(
-                f"group size {group} does not divide {in_features} input channels", "choose a divisor, or exclude the layer"
+                f"group size {group} does not divide {in_features} input channels",
+                "choose a divisor, or exclude the layer",
             )
         self.in_features, self.out_features = in_features, out_features
         self.weight_spec, self.dtype = weight_spec, dtype
         self.input = input_quantizer
         eight = weight_spec.bits == 8
         words = packed_width(in_features, weight_spec.bits)
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8) if eight else None)
-        self.register_buffer("weight_packed", None if eight else torch.zeros(out_features, words, dtype=torch.int32))
+        self.register_buffer(
+            "weight", torch.zeros(out_features, in_features, dtype=torch.int8) if eight else None
+        )
+        self.register_buffer(
+            "weight_packed", None if eight else torch.zeros(out_features, words, dtype=torch.int32)
+        )
         shape = self._scale_shape()
         self.register_buffer("weight_scale", torch.ones(shape, dtype=torch.float32))
         zero_point = None if weight_spec.symmetric else torch.zeros(shape, dtype=torch.int32)
@@ -84,7 +90,7 @@ class QuantLinear(nn.Module):
         zero_point: Tensor | None = None,
         importance: Tensor | None = None,
     ) -> QuantLinear:
-        """Quantize weight [out, in] (already transformed by its site) to nearest, or take a solver's codes and scales."""
+        """Quantize weight [out, in] (of transformed input) to nearest, or take a solver's codes and scale."""
         out_features, in_features = weight.shape
         module = cls(in_features, out_features, weight_spec, input_quantizer, bias is not None, weight.dtype)
         if codes is None:
@@ -97,7 +103,7 @@ class QuantLinear(nn.Module):
         return module
 
     def set_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-        """Take int8 codes [out, in] with their scale and zero point, shaped as ``weight_range`` gives them."""
+        """Take int8 codes [out, in], scale and zero point (shaped as ``weight_range`` gives them)."""
         shape = self._scale_shape()
         self.weight_scale = scale.float().reshape(shape)
         if not self.weight_spec.symmetric:
@@ -116,7 +122,7 @@ class QuantLinear(nn.Module):
         return unpack(self.weight_packed, self.weight_spec.bits, self.in_features)
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of the weight the codes stand for, in the module's dtype (of the transformed input)."""
+        """Rows [start, stop) of the weight (of transformed input) the codes stand for, module's dtype."""
         rows = slice(start, stop)
         if self.weight is not None:
             codes = self.weight[rows]
@@ -145,9 +151,13 @@ class QuantLinear(nn.Module):
         if self.mode == "packed":
             return self.kernel(x)
         if self._decoded is None:
-            with torch.inference_mode(False):  # so that a model first run in inference mode can still be tuned
+            with torch.inference_mode(
+                False
+            ):  # so that a model first run in inference mode can still be tuned
                 self._decoded = self.dequantize()
-        return F.linear(self.input(x), self._decoded.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(
+            self.input(x), self._decoded.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
     def _forget(self) -> None:
         self._decoded, self._kernel = None, None
@@ -165,11 +175,15 @@ class QuantLinear(nn.Module):
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decoded": None, "_kernel": None}  # a copy must not run on the original's buffers
+        return {
+            **self.__dict__,
+            "_decoded": None,
+            "_kernel": None,
+        }  # a copy must not run on the original's buffers
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Stand in for a weight: F.linear(x, module) calls the module (experts kept as parameters, see model/linears)."""
+        """F.linear(x, module) calls the module: for experts kept as parameters, see model/linears."""
         if func is not F.linear:
             return NotImplemented
         given = dict(zip(("input", "weight", "bias"), args, strict=False), **(kwargs or {}))

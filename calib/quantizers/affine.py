@@ -1,7 +1,8 @@
 """Uniform affine integer grids: ranges -> (scale, zero point) -> codes -> values.
 
-Codes are signed and fit int8: symmetric grids are narrow, [-(2^(b-1)-1), 2^(b-1)-1] with step absmax / (2^(b-1)-1);
-asymmetric grids use all 2^b codes, [-2^(b-1), 2^(b-1)-1], with an integer zero point. Every range is widened to hold 0.
+Codes are signed and fit int8: symmetric grids are narrow, [-(2^(b-1)-1), 2^(b-1)-1] with step absmax /
+(2^(b-1)-1); asymmetric grids use all 2^b codes, [-2^(b-1), 2^(b-1)-1], with an integer zero point. Every
+range is widened to hold 0.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from calib.errors import InputError
 Granularity = Literal["tensor", "channel", "group", "token"]
 RangeRule = Literal["minmax", "mse", "percentile"]
 EPS = torch.finfo(torch.float32).eps
-SMALLEST_SCALE = 2.0**-100  # below this a range is a point: its scale would overflow when inverted, so it becomes EPS
+SMALLEST_SCALE = (
+    2.0**-100
+)  # below this a range is a point: its scale would overflow when inverted, so it becomes EPS
 
 
 @dataclass(frozen=True)
 class AffineSpec:
     """One affine integer format.
 
-    granularity: ``tensor`` one scale; ``channel`` one per output row (weights); ``group`` one per ``group_size``
-    contiguous inputs; ``token`` one per row of activations. dynamic: ranges are taken from each input at run time.
-    range: how a static range (or a weight's) is chosen; ``percentile`` is in percent of elements kept.
+    granularity: ``tensor`` one scale; ``channel`` one per output row (weights); ``group`` one per
+    ``group_size`` contiguous inputs; ``token`` one per row of activations. dynamic: ranges are taken from
+    each input at run time. range: how a static range (or a weight's) is chosen; ``percentile`` is in percent
+    of elements kept.
     """
 
     bits: int = 8
@@ -65,8 +69,9 @@ class AffineSpec:
 def qparams(lo: Tensor, hi: Tensor, spec: AffineSpec) -> tuple[Tensor, Tensor]:
     """Scale (fp32) and zero point (int32) of the ranges [lo, hi], elementwise over any shape.
 
-    A range that is the point 0 gets scale EPS. NaN or infinity pass into the scale, so that a dynamic row that holds one
-    comes out NaN; static ranges are checked where they are chosen (``weight_range``, ``tensor_range``).
+    A range that is the point 0 gets scale EPS. NaN or infinity pass into the scale, so that a dynamic row
+    that holds one comes out NaN; static ranges are checked where they are chosen (``weight_range``,
+    ``tensor_range``).
     """
     lo, hi = lo.float().clamp(max=0.0), hi.float().clamp(min=0.0)
     if spec.symmetric:
@@ -82,7 +87,7 @@ def _floored(scale: Tensor) -> Tensor:
 
 
 def grouped(x: Tensor, spec: AffineSpec) -> Tensor:
-    """View x [..., n] so that its last dimension is what shares one scale: [..., n/g, g] for groups, else x."""
+    """View x [..., n] so that its last dimension shares one scale: [..., n/g, g] for groups, else x."""
     if spec.granularity != "group":
         return x
     assert spec.group_size is not None
@@ -95,7 +100,7 @@ def grouped(x: Tensor, spec: AffineSpec) -> Tensor:
 
 
 def minmax(x: Tensor, spec: AffineSpec) -> tuple[Tensor, Tensor]:
-    """Extremes of x [..., n] at the spec's granularity, shaped to broadcast against ``grouped(x)``. NaN propagates."""
+    """Extremes of x [..., n] at the spec's granularity, to broadcast with ``grouped(x)``; NaN propagates."""
     if spec.granularity == "tensor":
         lo, hi = torch.aminmax(x.reshape(-1))
         return lo, hi
@@ -104,11 +109,11 @@ def minmax(x: Tensor, spec: AffineSpec) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
-    """Codes in fp32, shaped like ``grouped(x)``: the one arithmetic that all paths share. Always a fresh tensor."""
-    q = torch.div(grouped(x, spec).float(), scale).round_()
+    """Codes in fp32, shaped like ``grouped(x)``: the arithmetic all paths share. Always a fresh tensor."""
+    q = torch.div(grouped(x, spec).float(), scale)
     if not spec.symmetric:
-        q.add_(zero_point.to(q.dtype))
-    return q.clamp_(spec.qmin, spec.qmax)
+        q.add_(zero_point.to(q.dtype))  # before rounding, as compressed-tensors does: it decides ties
+    return q.round_().clamp_(spec.qmin, spec.qmax)
 
 
 def _values(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
@@ -119,13 +124,15 @@ def _values(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) 
 
 
 def encode(x: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
-    """Integer codes (int8, shape of x) of x on the grid; round half to even, then clamp. NaN has no code: unspecified."""
+    """Integer codes (int8, shape of x): round half to even, then clamp. The code of NaN is unspecified."""
     return _rounded(x, scale, zero_point, spec).to(torch.int8).reshape(x.shape)
 
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
     """Values (fp32, shape of codes) of integer codes."""
-    return _values(grouped(codes, spec).to(torch.float32, copy=True), scale, zero_point, spec).reshape(codes.shape)
+    return _values(grouped(codes, spec).to(torch.float32, copy=True), scale, zero_point, spec).reshape(
+        codes.shape
+    )
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
@@ -142,5 +149,7 @@ def fake_quantize_dynamic(x: Tensor, spec: AffineSpec) -> Tensor:
 def bits_per_weight(shape: tuple[int, int], spec: AffineSpec, scale_bits: int = 32) -> float:
     """Stored bits per weight including scales (and zero points, at the grid's own width)."""
     out, n = shape
-    scales = {"tensor": 1, "channel": out, "group": out * n // (spec.group_size or n), "token": out}[spec.granularity]
+    scales = {"tensor": 1, "channel": out, "group": out * n // (spec.group_size or n), "token": out}[
+        spec.granularity
+    ]
     return spec.bits + scales * (scale_bits + (0 if spec.symmetric else spec.bits)) / (out * n)

@@ -1,7 +1,8 @@
 """Dense bit packing: each row is a little-endian bit stream over int32 words, padded to a whole word.
 
-The layout is that of compressed-tensors' ``pack-quantized``: code q in [-2^(b-1), 2^(b-1)-1] is stored as the unsigned
-q + 2^(b-1) in bits [i*b, i*b + b) of its row. Words are read as bytes, so the host has to be little-endian.
+The layout is that of compressed-tensors' ``pack-quantized``: code q in [-2^(b-1), 2^(b-1)-1] is stored as the
+unsigned q + 2^(b-1) in bits [i*b, i*b + b) of its row. Words are read as bytes, so the host has to be
+little-endian.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def packed_width(columns: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack signed int8 codes [rows, columns] into int32 [rows, packed_width], on the codes' device.
 
-    Raises InputError for bits outside 2..8 or codes that are not int8. Codes outside the grid lose their high bits.
+    Raises InputError for bits outside 2..8 or codes that are not int8. Codes outside the grid lose their high
+    bits.
     """
     if codes.dtype != torch.int8:
         raise InputError(f"codes to pack are {codes.dtype}, not int8", "encode first")
@@ -62,6 +64,11 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     out = torch.empty(rows, columns, dtype=torch.int8, device=packed.device)
     for start, stop in _blocks(rows, columns):
         stream = packed[start:stop].contiguous().view(torch.uint8)
+        if bits == 4:  # one byte to two in 16-bit arithmetic, four times faster than strided writes
+            pair = stream.to(torch.int16)
+            pair.bitwise_or_(pair << 4).bitwise_and_(0x0F0F)
+            out[start:stop] = pair.view(torch.int8)[:, :columns].sub_(offset)
+            continue
         missing = groups * octets - stream.shape[1]
         stream = F.pad(stream, (0, missing)) if missing > 0 else stream[:, : groups * octets]
         stream = stream.unflatten(1, (groups, octets))
@@ -77,7 +84,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def _layout(bits: int) -> tuple[int, int, list[tuple[int, int, int]]]:
-    """The stream repeats every ``period`` codes = ``octets`` bytes: (code, its first byte, its first bit) of one period."""
+    """The stream repeats every ``period`` codes, ``octets`` bytes; (code, first byte, first bit) of each."""
     if not 2 <= bits <= 8:
         raise InputError(f"cannot pack {bits} bits", "choose bits in 2..8")
     period = 8 // gcd(8, bits)

@@ -1,0 +1,418 @@
+"""Modules and kernels: Hadamard blocks, the activation quantizer, and packed == fake for every format."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import pickle
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from calib.errors import InputError
+from calib.nn import ActivationQuantizer, QuantLinear, best_block, block_hadamard, hadamard_matrix, kernels
+from calib.quantizers import AffineSpec, fake_quantize, qparams, weight_range
+
+STATIC = AffineSpec(8, False, "tensor")
+TOKEN = AffineSpec(8, False, "token", dynamic=True)
+INPUTS = {
+    "float": None,
+    "static": STATIC.with_(symmetric=True),
+    "static-asymmetric": STATIC,
+    "static-6": STATIC.with_(bits=6),
+    "token": TOKEN.with_(symmetric=True),
+    "token-asymmetric": TOKEN,
+    "token-4": TOKEN.with_(bits=4),
+    "tensor-dynamic": TOKEN.with_(granularity="tensor"),
+}
+WEIGHTS = {
+    "8-channel": AffineSpec(8),
+    "8-tensor": AffineSpec(8, granularity="tensor"),
+    "8-asymmetric": AffineSpec(8, False),
+    "6-channel": AffineSpec(6),
+    "4-channel": AffineSpec(4),
+    "4-group": AffineSpec(4, granularity="group", group_size=1),  # replaced by a divisor of the width
+    "4-group-asymmetric": AffineSpec(4, False, "group", 1),
+    "3-channel": AffineSpec(3),
+}
+INTEGER = {"8-channel", "8-tensor", "6-channel", "4-channel", "3-channel"}
+SHAPES = [(48, 64), (7, 33), (1, 8), (65, 1), (33, 129)]
+
+
+def calibrated(
+    spec: AffineSpec | None, features: int, sample: Tensor | None = None, **options: object
+) -> ActivationQuantizer:
+    quantizer = ActivationQuantizer(spec, features, **options)  # type: ignore[arg-type]
+    if quantizer.shift is not None:
+        quantizer.shift.normal_()
+    if quantizer.rescale is not None:
+        quantizer.rescale.uniform_(0.3, 3.0)
+    if spec is not None and quantizer.scale is not None and quantizer.zero_point is not None:
+        t = quantizer.transformed(torch.randn(200, features) if sample is None else sample)
+        scale, zero_point = qparams(t.amin(), t.amax(), spec)
+        quantizer.scale.copy_(scale)
+        quantizer.zero_point.copy_(zero_point)
+    return quantizer
+
+
+def linear(
+    out: int, n: int, weights: AffineSpec, inputs: AffineSpec | None, bias: bool = True, **options: object
+) -> QuantLinear:
+    if weights.granularity == "group":
+        weights = weights.with_(group_size=next(g for g in (32, 16, 11, 43, 8, 3, 1) if n % g == 0))
+    quantizer = calibrated(inputs, n, **options)
+    return QuantLinear.from_float(torch.randn(out, n), torch.randn(out) if bias else None, weights, quantizer)
+
+
+def assert_packed_is_fake(module: QuantLinear, x: Tensor, tolerance: float = 2e-6) -> None:
+    fake = module.set_mode("fake")(x)
+    packed = module.set_mode("packed")(x)
+    assert packed.shape == fake.shape and packed.dtype == fake.dtype == x.dtype
+    if x.numel():
+        bound = tolerance * max(float(fake.abs().amax()), float((x.float().norm(dim=-1)).amax()))
+        assert float((packed.double() - fake.double()).abs().amax()) <= bound
+
+
+# Hadamard
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 24, 28, 36, 64, 76, 96, 128, 140, 12 * 128])
+def test_hadamard_matrices_are_orthogonal_signs(order: int) -> None:
+    h = hadamard_matrix(order)
+    assert torch.equal(h.abs(), torch.ones(order, order))
+    assert torch.equal(h @ h.t(), order * torch.eye(order))
+
+
+@pytest.mark.parametrize("order", [3, 6, 10, 92, 7])
+def test_an_order_nobody_knows_is_refused(order: int) -> None:
+    with pytest.raises(InputError, match=str(order)):
+        hadamard_matrix(order)
+
+
+@pytest.mark.parametrize("block", [1, 2, 12, 64, 96, 128, 512, 448, 1536])
+def test_block_hadamard_is_the_block_diagonal_matrix_and_orthonormal(block: int) -> None:
+    x = torch.randn(3, 2, block * 2, dtype=torch.float64)
+    dense = torch.block_diag(*[hadamard_matrix(block).double() * block**-0.5] * 2)
+    got = block_hadamard(x, block)
+    assert torch.allclose(got, x @ dense, atol=1e-12)
+    assert torch.allclose(got.norm(dim=-1), x.norm(dim=-1), rtol=1e-12)
+    weight = torch.randn(5, block * 2, dtype=torch.float64)
+    assert torch.allclose(got @ block_hadamard(weight, block).t(), x @ weight.t(), atol=1e-11)
+
+
+def test_block_hadamard_keeps_dtype_shape_and_refuses_a_bad_block() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert block_hadamard(torch.randn(0, 3, 24, dtype=dtype), 12).shape == (0, 3, 24)
+        assert block_hadamard(torch.randn(4, 24, dtype=dtype).t().contiguous().t(), 12).dtype == dtype
+    with pytest.raises(InputError, match="does not divide"):
+        block_hadamard(torch.randn(2, 30), 4)
+
+
+def test_hadamard_matrices_first_made_elsewhere_still_serve() -> None:
+    hadamard_matrix.cache_clear()
+    with torch.device("meta"), torch.inference_mode():
+        hadamard_matrix(44)
+    x = torch.randn(2, 44, requires_grad=True)
+    block_hadamard(x, 44).square().sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad, 2 * x, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "block"), [(1536, 512), (576, 64), (35, 1), (12, 4), (4096, 512)])
+def test_best_block(width: int, block: int) -> None:
+    assert best_block(width, 512) == block
+    assert best_block(width, 64) == min(block, 64)
+    assert width % best_block(width) == 0
+
+
+# the activation quantizer
+
+
+def test_transform_is_shift_then_rescale_then_rotation() -> None:
+    q = calibrated(None, 24, shift=True, rescale=True, hadamard=4)
+    assert q.shift is not None and q.rescale is not None
+    x = torch.randn(2, 5, 24)
+    assert torch.allclose(q(x), block_hadamard((x - q.shift) / q.rescale, 4))
+    assert torch.equal(q(x), q.transform(x))
+    assert q.transform(x.double()).dtype == torch.float64
+    low = x.bfloat16()
+    assert torch.equal(q.transform(low), q.transform(low.float()).bfloat16())  # rounded once
+
+
+@pytest.mark.parametrize("name", [name for name in INPUTS if name != "float"])
+def test_codes_stand_for_the_fake_quantized_values(name: str) -> None:
+    spec = INPUTS[name]
+    q = calibrated(spec, 16, shift=True)
+    x = torch.randn(3, 4, 16) * 2
+    codes, scale, zero_point = q.codes(q.transformed(x))
+    assert codes.dtype == torch.int8
+    assert torch.equal((codes.float() - zero_point) * scale, q(x))
+
+
+def test_rows_outside_a_static_range_stay_float() -> None:
+    sample = torch.rand(100, 8) * 2 - 1
+    q = calibrated(STATIC, 8, sample, float_rows=True)
+    x = sample[:4].clone()
+    x[1, 3], x[3, 0] = 300.0, torch.nan
+    assert q.outside(x).tolist() == [False, True, False, True]
+    y = q(x)
+    assert torch.equal(y[1], x[1]) and y[3, 0].isnan() and torch.equal(y[3, 1:], x[3, 1:])
+    q.float_rows = False
+    assert torch.equal(q(x)[0], y[0]) and q(x)[1, 3] < 2
+    assert not q.outside(sample).any()  # the extremes of the calibration data are inside
+
+
+def test_empty_input() -> None:
+    for spec in INPUTS.values():
+        assert calibrated(spec, 8)(torch.empty(0, 3, 8)).shape == (0, 3, 8)
+
+
+# QuantLinear
+
+
+def test_from_float_rounds_to_nearest() -> None:
+    weight, spec = torch.randn(6, 32), AffineSpec(4, granularity="group", group_size=8, range="mse")
+    module = QuantLinear.from_float(weight, None, spec, ActivationQuantizer(None, 32))
+    want = fake_quantize(weight, *qparams(*weight_range(weight, spec), spec), spec)
+    assert torch.equal(module.dequantize(), want)
+    assert torch.equal(torch.cat([module.dequantize(0, 4), module.dequantize(4, 100)]), want)
+    x = torch.randn(3, 32)
+    assert torch.equal(module(x), F.linear(x, want))
+
+
+def test_a_group_that_does_not_divide_is_named() -> None:
+    with pytest.raises(InputError, match="group size 64 does not divide 100"):
+        QuantLinear(
+            100, 4, AffineSpec(4, granularity="group", group_size=64), ActivationQuantizer(None, 100), False
+        )
+
+
+@pytest.mark.parametrize(("weights", "inputs"), list(itertools.product(WEIGHTS, INPUTS)))
+def test_packed_is_fake(weights: str, inputs: str) -> None:
+    for number, (out, n) in enumerate(SHAPES):
+        module = linear(out, n, WEIGHTS[weights], INPUTS[inputs], bias=number % 2 == 0)
+        for lead in ((5,), (1,), (2, 3), (), (0, 4), (40,)):
+            assert_packed_is_fake(module, torch.randn(*lead, n) * 1.5)
+        exact = not kernels._refused("qlinear", 127)
+        expected = "int8 qlinear" if exact and weights in INTEGER and inputs != "float" else "dequantize"
+        assert module.kernel.kernel_name == expected
+        assert bool(module.kernel.reason) == (expected == "dequantize")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(sorted(WEIGHTS)),
+    st.sampled_from(sorted(INPUTS)),
+    st.integers(1, 40),
+    st.integers(1, 70),
+    st.integers(1, 20),
+    st.integers(0, 10**6),
+)
+def test_packed_is_fake_for_any_shape(
+    weights: str, inputs: str, out: int, n: int, rows: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    module = linear(out, n, WEIGHTS[weights], INPUTS[inputs])
+    assert_packed_is_fake(module, torch.randn(rows, n) * torch.logspace(-2, 2, n))
+
+
+@pytest.mark.parametrize("inputs", ["static-asymmetric", "token-asymmetric", "token"])
+@pytest.mark.parametrize("weights", ["8-channel", "4-channel", "4-group"])
+def test_packed_is_fake_with_fused_affine_and_rotation(weights: str, inputs: str) -> None:
+    for options in ({"shift": True}, {"rescale": True}, {"shift": True, "rescale": True, "hadamard": 16}):
+        module = linear(24, 48, WEIGHTS[weights], INPUTS[inputs], **options)
+        assert_packed_is_fake(module, torch.randn(2, 9, 48), 5e-6)
+        assert_packed_is_fake(module, torch.randn(1, 48), 5e-6)
+
+
+@pytest.mark.parametrize("weights", ["8-channel", "4-channel", "8-asymmetric"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_packed_is_fake_with_float_rows(weights: str, symmetric: bool) -> None:
+    module = linear(24, 48, WEIGHTS[weights], STATIC.with_(symmetric=symmetric), float_rows=True, shift=True)
+    x = torch.randn(2, 6, 48)
+    x[0, 0, 7], x[1, 3, 2] = 900.0, -4000.0
+    assert_packed_is_fake(module, x, 3e-6)
+    assert_packed_is_fake(module, x[0, 0], 3e-6)
+    assert_packed_is_fake(module, torch.zeros(3, 48))
+    clipped = copy.deepcopy(module)
+    clipped.input.float_rows = False
+    assert (clipped.set_mode("packed")(x) - module.set_mode("packed")(x))[0, 0].abs().max() > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", ["8-channel", "4-channel", "4-group"])
+@pytest.mark.parametrize("inputs", ["float", "static", "token-asymmetric"])
+def test_half_precision_is_nearer_packed_than_the_rounding_of_fake(
+    weights: str, inputs: str, dtype: torch.dtype
+) -> None:
+    """In half precision fake rounds its values and weight; both have to lie around the fp32 result."""
+    module = linear(48, 64, WEIGHTS[weights], INPUTS[inputs])
+    x = torch.randn(3, 5, 64).to(dtype)
+    exact = module.set_mode("fake")(x.float())
+    module = module.to(dtype)
+    assert module.dtype == dtype and module.weight_scale.dtype == torch.float32
+    assert module.input.scale is None or module.input.scale.dtype == torch.float32
+    worst = {}
+    for mode in ("fake", "packed"):
+        y = module.set_mode(mode)(x)  # type: ignore[arg-type]
+        assert y.dtype == dtype
+        worst[mode] = float((y.float() - exact).abs().amax() / exact.abs().amax())
+    assert worst["packed"] <= 1.5 * worst["fake"] + torch.finfo(dtype).eps
+
+
+def test_bf16_groups_run_on_the_int4_kernel_for_few_rows() -> None:
+    if kernels._refused("int4", 7):
+        pytest.skip(kernels._refused("int4", 7))
+    spec = AffineSpec(4, granularity="group", group_size=32)
+    module = QuantLinear.from_float(torch.randn(48, 96), torch.randn(48), spec, ActivationQuantizer(None, 96))
+    module = module.to(torch.bfloat16).set_mode("packed")
+    assert module.kernel.kernel_name == "int4pack" and module.kernel.reason
+    for rows in (0, 1, 7, kernels.INT4_ROWS, kernels.INT4_ROWS + 1):
+        x = torch.randn(rows, 2, 96).bfloat16()
+        want = F.linear(x.double(), module.dequantize().double(), module.bias.double())  # type: ignore[union-attr]
+        assert rows == 0 or (module(x).double() - want).abs().amax() < 0.01 * want.abs().amax()
+    assert module(torch.randn(3, 96)).dtype == torch.float32
+
+
+def test_zero_rows_and_constant_channels() -> None:
+    weight = torch.randn(6, 16)
+    weight[2], weight[3] = 0.0, 0.7
+    for weights, inputs in itertools.product(("8-channel", "4-channel", "4-group"), INPUTS.values()):
+        spec = WEIGHTS[weights]
+        spec = spec.with_(group_size=8) if spec.granularity == "group" else spec
+        module = QuantLinear.from_float(weight, None, spec, calibrated(inputs, 16))
+        x = torch.randn(4, 16)
+        x[1] = 0.0
+        assert_packed_is_fake(module, x)
+        assert bool((module(x)[:, 2] == 0).all()) and torch.allclose(module(x)[1], torch.zeros(6), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs"), [("8-channel", "static"), ("4-group", "float"), ("3-channel", "token")]
+)
+def test_state_dict_round_trip_through_safetensors(weights: str, inputs: str, tmp_path: Path) -> None:
+    module = linear(24, 48, WEIGHTS[weights], INPUTS[inputs], shift=True, rescale=True, hadamard=16)
+    x = torch.randn(5, 48)
+    want = module.set_mode("packed")(x)
+    save_file(module.state_dict(), tmp_path / "m.safetensors")
+    input_quantizer = ActivationQuantizer(INPUTS[inputs], 48, shift=True, rescale=True, hadamard=16)
+    fresh = QuantLinear(48, 24, module.weight_spec, input_quantizer, True).set_mode("packed")
+    fresh(x)  # what this prepares must not outlive the load
+    fresh.load_state_dict(load_file(tmp_path / "m.safetensors"))
+    assert torch.equal(fresh(x), want)
+    assert (tmp_path / "m.safetensors").stat().st_size < 48 * 24 * 2 + 6000
+
+
+def test_what_a_mode_prepares_follows_the_buffers() -> None:
+    module, other = (linear(16, 32, AffineSpec(8), TOKEN) for _ in range(2))
+    x = torch.randn(4, 32)
+    for mode in ("fake", "packed"):
+        module.set_mode(mode)(x)  # type: ignore[arg-type]
+        twin = copy.deepcopy(module)
+        again = pickle.loads(pickle.dumps(module))
+        assert twin._kernel is None and twin._decoded is None and torch.equal(again(x), module(x))
+        twin.load_state_dict(other.state_dict())
+        assert torch.equal(twin(x), other.set_mode(mode)(x))  # type: ignore[arg-type]
+        codes = torch.zeros(16, 32, dtype=torch.int8)
+        twin.set_codes(codes, twin.weight_scale, torch.zeros(16, 1, dtype=torch.int32))
+        assert other.bias is not None and torch.allclose(twin(x), other.bias.expand(4, 16), atol=1e-6)
+
+
+def test_packed_modules_are_freed_at_once() -> None:
+    for inputs in INPUTS.values():
+        module = linear(16, 32, AffineSpec(8), inputs).set_mode("packed")
+        module(torch.randn(2, 32))
+        gc.disable()
+        try:
+            alive = weakref.ref(module)
+            del module
+            assert alive() is None
+        finally:
+            gc.enable()
+
+
+def test_stands_in_for_a_weight() -> None:
+    module = linear(16, 32, AffineSpec(8), TOKEN, bias=False)
+    x, bias = torch.randn(4, 32), torch.randn(16)
+    for mode in ("fake", "packed"):
+        module.set_mode(mode)  # type: ignore[arg-type]
+        assert torch.equal(F.linear(x, module), module(x))  # type: ignore[arg-type]
+        assert torch.equal(F.linear(x, weight=module), module(x))  # type: ignore[arg-type]
+        assert torch.equal(F.linear(x, module, bias), module(x) + bias)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        torch.matmul(x, module)  # type: ignore[arg-type]
+
+
+def test_gradients_and_inference_mode() -> None:
+    """Packed has no gradients; a model first run in inference mode can still be tuned in fake."""
+    module = linear(16, 32, AffineSpec(8), None)
+    x = torch.randn(4, 32, requires_grad=True)
+    with torch.inference_mode():
+        module(torch.randn(2, 32))
+    module(x).sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad, module.dequantize().sum(0).expand(4, 32), atol=1e-5)
+    assert not module.set_mode("packed")(x).requires_grad
+
+
+# which kernel
+
+
+def test_describe_names_a_kernel_for_every_format() -> None:
+    table = kernels.describe()
+    assert {"w8a8", "w8a8-static"} <= set(table)
+    assert all(isinstance(line, str) and line for line in table.values())
+
+
+def test_a_machine_that_saturates_falls_back_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without VNNI pairs of products clamp to int16: the probe has to see it; weights to 63 stay exact."""
+
+    def saturating(
+        codes: Tensor, x_scale: float, zero: int, packed: Tensor, scale: Tensor, *rest: object
+    ) -> Tensor:
+        u = (codes.long() + 128).unsqueeze(1) * packed.long().unsqueeze(0)
+        u = F.pad(u, (0, u.shape[-1] % 2)).unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
+        return (u.sum(-1) - 128 * packed.long().sum(-1)).float()
+
+    monkeypatch.setattr(kernels, "_qlinear", saturating)
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", lambda w, _: w)
+    kernels._refused.cache_clear()
+    try:
+        assert "not exact" in kernels._refused("qlinear", 127)
+        assert not kernels._refused("qlinear", 63)
+        assert "not exact" in kernels.describe()["w8a8"]
+        module = linear(16, 32, AffineSpec(8), TOKEN).set_mode("packed")
+        assert module.kernel.kernel_name == "dequantize" and "not exact" in module.kernel.reason
+    finally:
+        kernels._refused.cache_clear()
+
+
+def test_a_missing_operator_falls_back_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> Tensor:
+        raise RuntimeError("onednn::qlinear_pointwise is not there")
+
+    monkeypatch.setattr(kernels, "_qlinear", missing)
+    kernels._refused.cache_clear()
+    try:
+        module = linear(16, 32, AffineSpec(8), TOKEN)
+        assert_packed_is_fake(module, torch.randn(3, 32))
+        assert "does not run here" in module.kernel.reason
+    finally:
+        kernels._refused.cache_clear()
+
+
+def test_modules_nest_in_a_model() -> None:
+    model = nn.Sequential(linear(32, 16, AffineSpec(8), TOKEN), nn.GELU(), linear(8, 32, AffineSpec(4), None))
+    x = torch.randn(3, 16)
+    want = model(x)
+    for module in model:
+        if isinstance(module, QuantLinear):
+            module.set_mode("packed")
+    assert torch.allclose(model(x), want, atol=1e-4)
+    assert model.double()(x.double()).dtype == torch.float64
