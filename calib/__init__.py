@@ -1,7 +1,7 @@
 """calib: post-training quantization of transformers, from outlier suppression to verified checkpoints.
 
-`quantize` does it all, `plan` says before any work what it would do, `load` and `verify` read a result back. Importing
-calib also teaches transformers its checkpoints: ``AutoModel*.from_pretrained(folder)`` then works on them.
+`quantize` does it all, `plan` says before any work what it would do, `load` and `verify` read a result back.
+Importing calib also teaches transformers its checkpoints: ``AutoModel*.from_pretrained(folder)`` then works.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from calib.errors import (
 from calib.export import hf as _hf
 from calib.export.load import load, load_tokenizer
 from calib.export.verify import VerifyReport, verify
-from calib.quantize import Result, plan, quantize  # the functions, not the module: bound here, after its import
-from calib.quantize import Result, plan, quantize
+from calib.quantize import Result, plan, quantize  # `calib.quantize` is the function, not its module
 
 __version__ = "0.1.0"
 _hf.register()

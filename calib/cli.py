@@ -1,7 +1,7 @@
 """The command line: a thin skin over calib.quantize, calib.plan, calib.evaluate and calib.verify.
 
-Progress and errors go to stderr; the result, and with ``--json`` one JSON object as the last line, to stdout. A known
-failure is one line, ``error: cause; fix``, and the exit code of its class (see errors.py).
+Progress and errors go to stderr; the result, and with ``--json`` one JSON object as the last line, to stdout.
+A known failure is one line, ``error: cause; fix``, and the exit code of its class (see errors.py).
 """
 
 from __future__ import annotations
@@ -35,21 +35,34 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name calib info lists, a folder, a .gguf file, a hub id.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A name calib info lists, a folder, a .gguf file, a hub id.")
+]
 SchemeName = Annotated[str, typer.Option("--scheme", help=f"Number formats: {', '.join(SCHEMES)}.")]
 Method = Annotated[str, typer.Option(help=f"Comma separated, in order: {', '.join(METHODS)}.")]
-Data = Annotated[str | None, typer.Option(help="Text to calibrate on: file, folder or hub id. Default: text that needs no network.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Text to calibrate on: file, folder or hub id. Default: text that needs no network."),
+]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows or sentences.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
 Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows run at once.")]
-Prefix = Annotated[str, typer.Option(help="Tokens kept before every input in float: auto, none, ids (1,2) or text.")]
-Sites = Annotated[str, typer.Option(help="What may be transformed: exact, or some of norm,vo,updown,fc,fused.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="Regular expression on module names left in float; repeatable.")]
+Prefix = Annotated[
+    str, typer.Option(help="Tokens kept before every input in float: auto, none, ids (1,2) or text.")
+]
+Sites = Annotated[
+    str, typer.Option(help="What may be transformed: exact, or some of norm,vo,updown,fc,fused.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Regular expression on module names left in float; repeatable.")
+]
 WeightsRange = Annotated[str | None, typer.Option(help="Weight ranges: minmax, mse or percentile.")]
 ActsRange = Annotated[str | None, typer.Option(help="Static activation ranges: minmax, mse or percentile.")]
 Search = Annotated[str, typer.Option(help="Threshold search of os+: fast or exhaustive.")]
-Inputs = Annotated[str, typer.Option(help="Calibrate a block on quantized or float outputs of those before it.")]
+Inputs = Annotated[
+    str, typer.Option(help="Calibrate a block on quantized or float outputs of those before it.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
 Dtype = Annotated[str, typer.Option(help=f"Floats to load in: {', '.join(DTYPES)}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -64,7 +77,9 @@ def quantize(
     method: Method = "os+",
     data: Data = None,
     samples: Samples = 128,
-    seq_len: SeqLen = 512,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a window. Default: 512, or the model's limit.")
+    ] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     prefix: Prefix = "auto",
@@ -74,10 +89,16 @@ def quantize(
     acts_range: ActsRange = None,
     search: Search = "fast",
     inputs: Inputs = "quantized",
-    float_rows: Annotated[float, typer.Option(help="Share of rows left out of static ranges and run in float.")] = 0.0,
+    float_rows: Annotated[
+        float, typer.Option(help="Share of rows left out of static ranges and run in float.")
+    ] = 0.0,
     format: Annotated[str, typer.Option(help="auto, calib or compressed-tensors.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what the output folder holds.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")
+    ] = True,
     threads: Threads = None,
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -153,13 +174,19 @@ def plan(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(help="Text file, or table of sentences and labels or of pairs and scores.")],
+    data: Annotated[
+        str, typer.Option(help="Text file, or table of sentences and labels or of pairs and scores.")
+    ],
     task: Annotated[str, typer.Option(help="perplexity, classification or similarity.")] = "perplexity",
     windows: Annotated[int, typer.Option(min=1, help="Perplexity: windows from the start of the text.")] = 40,
     seq_len: SeqLen = 512,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 4 windows or 32 sentences.")] = None,
-    reference: Annotated[str | None, typer.Option(help="A second model to compare with, e.g. the float one.")] = None,
-    mode: Annotated[str, typer.Option(help="packed: integer kernels; fake: the same grids in floats.")] = "packed",
+    reference: Annotated[
+        str | None, typer.Option(help="A second model to compare with, e.g. the float one.")
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="packed: integer kernels; fake: the same grids in floats.")
+    ] = "packed",
     threads: Threads = None,
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -177,7 +204,9 @@ def evaluate(
     def measure(name: str) -> Result:
         network, tokenizer = load_pair(name, mode, _dtype(dtype), progress=not quiet)  # type: ignore[arg-type]
         if tokenizer is None:
-            raise ModelError(f"{name} has no tokenizer", "save it beside the model with tokenizer.save_pretrained")
+            raise ModelError(
+                f"{name} has no tokenizer", "save it beside the model with tokenizer.save_pretrained"
+            )
         if task == "perplexity":
             return perplexity(network, tokenizer, data, windows, seq_len, batch_size or 4, progress=not quiet)
         kind = classification if task == "classification" else similarity
@@ -192,7 +221,11 @@ def evaluate(
         interval = f" (95 %: {result.ci95[0]:.4f} to {result.ci95[1]:.4f})" if result.ci95 else ""
         print(f"{result.metric} {result.value:.4f}{interval}, n = {result.n}, {result.seconds:.1f} s")
         if reference is not None:
-            print(", ".join(f"{k} {v if isinstance(v, str) else f'{v:.6g}'}" for k, v in answer["reference"].items()))
+            print(
+                ", ".join(
+                    f"{k} {v if isinstance(v, str) else f'{v:.6g}'}" for k, v in answer["reference"].items()
+                )
+            )
     if as_json:
         _print_json({**answer, "peak_rss_mib": _peak_rss_mib()})
 
@@ -200,7 +233,9 @@ def evaluate(
 def _against(result: Any, other: Any) -> dict[str, float]:
     compared = {"ratio": result.value / other.value} if other.value else {}
     if result.outputs is not None and other.outputs is not None:
-        name = {"perplexity": "loss_mse", "classification": "logits_mse", "similarity": "cosine_mse"}[result.task]
+        name = {"perplexity": "loss_mse", "classification": "logits_mse", "similarity": "cosine_mse"}[
+            result.task
+        ]
         compared[name] = float((result.outputs.double() - other.outputs.double()).square().mean())
     return compared
 
@@ -208,7 +243,9 @@ def _against(result: Any, other: Any) -> dict[str, float]:
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that calib quantize wrote.")],
-    tolerance: Annotated[float | None, typer.Option(help="Largest difference allowed, of the logit range.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest difference allowed, of the logit range.")
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -234,7 +271,10 @@ def info(threads: Threads = None, as_json: Json = False) -> None:
     facts: dict[str, Any] = {
         "versions": {**versions(), "python": platform.python_version()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "devices": ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))],
+        "devices": [
+            "cpu",
+            *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())),
+        ],
         "kernels": describe(),
         "cache": str(cache_dir()),
         "models": {name: known.label for name, known in WHEELS.items()},
@@ -281,7 +321,9 @@ def _prefix(text: str, model: str) -> str | tuple[int, ...]:
         return tuple(int(part) for part in parts)
     tokenizer = calib.load_tokenizer(model)
     if tokenizer is None:
-        raise InputError(f"--prefix {text!r} is text and {model} has no tokenizer", "give token ids, e.g. --prefix 1")
+        raise InputError(
+            f"--prefix {text!r} is text and {model} has no tokenizer", "give token ids, e.g. --prefix 1"
+        )
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -331,7 +373,9 @@ def _known_causes() -> Iterator[None]:
     except SafetensorError as error:
         raise ModelError(f"a weight file is damaged ({error})", "download or export it again") from error
     except json.JSONDecodeError as error:
-        raise ModelError(f"a config or manifest is not JSON ({error})", "download or export it again") from error
+        raise ModelError(
+            f"a config or manifest is not JSON ({error})", "download or export it again"
+        ) from error
     except MemoryError as error:
         raise NumericsError("out of memory", "lower --batch-size, --samples or --seq-len") from error
     except OSError as error:
@@ -340,7 +384,9 @@ def _known_causes() -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         where = f" {error.filename}" if error.filename else ""
         fix = "free some space" if full else "check the path and its permissions"
-        raise OutputError(f"{error.strerror or error}:{where}" if where else str(error.strerror or error), fix) from error
+        raise OutputError(
+            f"{error.strerror or error}:{where}" if where else str(error.strerror or error), fix
+        ) from error
     except RuntimeError as error:
         if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
             raise NumericsError("out of memory", "lower --batch-size, --samples or --seq-len") from error
@@ -352,6 +398,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         with _known_causes():
             code = app(args=list(argv), prog_name="calib", standalone_mode=False)
+        if code == INTERRUPTED:  # some versions of typer end Ctrl-C so
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except CalibError as error:
         print(f"error: {error}", file=sys.stderr)

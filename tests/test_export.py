@@ -1,4 +1,6 @@
-"""Checkpoints: what is written comes back, in a fresh process and without calib where it is stock; refusals are named."""
+"""Checkpoints: what is written comes back, in a fresh process and without calib where it is stock; refusals
+are named.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,12 @@ from calib.nn import ActivationQuantizer, Prefix, QuantLinear
 from calib.quantizers import AffineSpec as Spec
 from calib.quantizers import qparams
 
-W8, W8T, W6, W4G = Spec(8), Spec(8, granularity="tensor"), Spec(6), Spec(4, granularity="group", group_size=32)
+W8, W8T, W6, W4G = (
+    Spec(8),
+    Spec(8, granularity="tensor"),
+    Spec(6),
+    Spec(4, granularity="group", group_size=32),
+)
 W4GA, W3 = Spec(4, symmetric=False, granularity="group", group_size=32), Spec(3)
 STATIC = Spec(8, symmetric=False, granularity="tensor")
 TOKEN = Spec(8, symmetric=False, granularity="token", dynamic=True)
@@ -73,13 +80,23 @@ def gpt2() -> nn.Module:
 
 def mixtral() -> nn.Module:
     torch.manual_seed(0)
-    return rewritten(MixtralForCausalLM(MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4)).eval())
+    return rewritten(
+        MixtralForCausalLM(MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4)).eval()
+    )
 
 
 def quantized(
-    model: Any, weights: Spec, inputs: Spec | None, *, skip: str = "lm_head classifier", bias: str = "", **options: Any
+    model: Any,
+    weights: Spec,
+    inputs: Spec | None,
+    *,
+    skip: str = "lm_head classifier",
+    bias: str = "",
+    **options: Any,
 ) -> Any:
-    """Every linear that ``skip`` does not name, quantized to nearest with made-up ranges; ``bias`` names get a bias."""
+    """Every linear that ``skip`` does not name, quantized to nearest with made-up ranges; ``bias`` names get
+    a bias.
+    """
     generator = torch.Generator().manual_seed(2)
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or any(part in name for part in skip.split()):
@@ -118,10 +135,14 @@ def logits(model: nn.Module) -> Tensor:
 
 
 OWN: dict[str, Callable[[], Any]] = {
-    "static with biases, tied": lambda: quantized(llama(tie_word_embeddings=True), W8, STATIC, bias="v_proj o_proj"),
+    "static with biases, tied": lambda: quantized(
+        llama(tie_word_embeddings=True), W8, STATIC, bias="v_proj o_proj"
+    ),
     "dynamic": lambda: quantized(llama(), W8T, TOKEN),
     "w4 group asymmetric": lambda: quantized(llama(tie_word_embeddings=True), W4GA, None),
-    "quantized head of a tied model": lambda: quantized(llama(tie_word_embeddings=True), W3, None, skip="none"),
+    "quantized head of a tied model": lambda: quantized(
+        llama(tie_word_embeddings=True), W3, None, skip="none"
+    ),
     "8-bit head of a tied model": lambda: quantized(llama(tie_word_embeddings=True), W8, None, skip="none"),
     "fused affine, hadamard, float rows": lambda: quantized(
         llama(), W6, STATIC, shift=True, rescale=True, hadamard=32, float_rows=True
@@ -147,7 +168,9 @@ def test_own_format_gives_the_model_back(case: str, tmp_path: Path) -> None:
     have, want = loaded.state_dict(), model.state_dict()
     assert have.keys() == want.keys()
     assert all(have[k].dtype == want[k].dtype and torch.equal(have[k], want[k]) for k in want)
-    packed = logits(hf.set_mode(loaded, "packed"))  # sums in another order, so a code may flip, and this model is tiny
+    packed = logits(
+        hf.set_mode(loaded, "packed")
+    )  # sums in another order, so a code may flip, and this model is tiny
     assert float((packed - expected).abs().max()) <= 1e-2 * float(expected.max() - expected.min())
 
 
@@ -160,7 +183,9 @@ def test_stock_from_pretrained_loads_it_packed_and_saves_it_again(tmp_path: Path
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(calib.load(tmp_path / "again", mode="fake")), logits(model))
     prompt = IDS[:1, :4]
-    generated = [m.generate(prompt, max_new_tokens=6, do_sample=False) for m in (model, hf.set_mode(loaded, "fake"))]
+    generated = [
+        m.generate(prompt, max_new_tokens=6, do_sample=False) for m in (model, hf.set_mode(loaded, "fake"))
+    ]
     assert torch.equal(*generated)
     headless = AutoModel.from_pretrained(tmp_path / "out")
     assert isinstance(headless.layers[0].mlp.down_proj, QuantLinear)
@@ -188,12 +213,16 @@ def test_shards_and_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 CT: dict[str, Callable[[], Any]] = {
-    "static with biases, tied": lambda: quantized(llama(tie_word_embeddings=True), W8, STATIC, bias="v_proj o_proj"),
+    "static with biases, tied": lambda: quantized(
+        llama(tie_word_embeddings=True), W8, STATIC, bias="v_proj o_proj"
+    ),
     "static, tensor weights": lambda: quantized(llama(), W8T, STATIC),
     "static, asymmetric weights": lambda: quantized(llama(), Spec(8, symmetric=False), STATIC),
     "dynamic": lambda: quantized(llama(), W8, TOKEN),
     "w4a8 group": lambda: quantized(llama(), W4G, TOKEN),
-    "w4a16 group with biases, tied": lambda: quantized(llama(tie_word_embeddings=True), W4G, None, bias="down_proj"),
+    "w4a16 group with biases, tied": lambda: quantized(
+        llama(tie_word_embeddings=True), W4G, None, bias="down_proj"
+    ),
     "w3a16 channel": lambda: quantized(llama(), W3, None),
     "w8a16": lambda: quantized(llama(), W8, None),
     "two schemes": lambda: quantized(quantized(llama(), W8, STATIC, skip="lm_head mlp"), W4G, None),
@@ -212,7 +241,8 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     with torch.no_grad():
         got = model(input_ids=stored["ids"]).logits
     span = stored["logits"].max() - stored["logits"].min()
-    print("RESULT", json.dumps([folder.name, float((got - stored["logits"]).abs().max() / span), any(info.values())]))
+    error = float((got - stored["logits"]).abs().max() / span)
+    print("RESULT", json.dumps([folder.name, error, any(info.values())]))
 assert "calib" not in sys.modules
 """
 
@@ -225,7 +255,11 @@ def test_compressed_tensors_loads_in_a_process_that_never_saw_calib(tmp_path: Pa
         (folder / "verify").mkdir()
         save_file({"ids": IDS, "logits": logits(model)}, folder / "verify" / "expected.safetensors")
     child = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(tmp_path / "all")], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", STRANGER, str(tmp_path / "all")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert child.returncode == 0, child.stderr
     results = [json.loads(line[7:]) for line in child.stdout.splitlines() if line.startswith("RESULT")]
@@ -303,8 +337,14 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 Q = "model.layers.1.self_attn.q_proj"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors is truncated"),
-    "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"junk" * 99), "model.safetensors is truncated"),
-    "tensor missing": (lambda f: rewrite_tensors(f, lambda t: t.pop(f"{Q}.weight_scale")), f"{Q}.weight_scale is missing"),
+    "not safetensors": (
+        lambda f: (f / "model.safetensors").write_bytes(b"junk" * 99),
+        "model.safetensors is truncated",
+    ),
+    "tensor missing": (
+        lambda f: rewrite_tensors(f, lambda t: t.pop(f"{Q}.weight_scale")),
+        f"{Q}.weight_scale is missing",
+    ),
     "tensor extra": (lambda f: rewrite_tensors(f, lambda t: t.update(x=IDS)), "tensor x is not part"),
     "tensor shape": (
         lambda f: rewrite_tensors(f, lambda t: t.update({f"{Q}.input.scale": torch.ones(2)})),
@@ -312,8 +352,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "version": (lambda f: edit_config(f, lambda c: c.update(format_version=99)), "format version 99"),
     "unknown key": (lambda f: edit_config(f, lambda c: c.update(rotation=1)), "unknown keys"),
-    "unknown target": (lambda f: edit_config(f, lambda c: c["groups"][0]["targets"].append("model.x")), "no model.x"),
-    "strange spec": (lambda f: edit_config(f, lambda c: c["groups"][0]["weights"].update(odd=1)), "does not fit"),
+    "unknown target": (
+        lambda f: edit_config(f, lambda c: c["groups"][0]["targets"].append("model.x")),
+        "no model.x",
+    ),
+    "strange spec": (
+        lambda f: edit_config(f, lambda c: c["groups"][0]["weights"].update(odd=1)),
+        "does not fit",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
 }
@@ -340,12 +386,16 @@ def test_an_output_folder_that_holds_something_else(tmp_path: Path) -> None:
         checkpoint.save(model, None, tmp_path / "file", manifest={})
     checkpoint.save(model, None, tmp_path / "file", manifest={}, overwrite=True)
     checkpoint.save(model, None, tmp_path / "thesis", manifest={}, overwrite=True)
-    checkpoint.save(model, None, tmp_path / "thesis", manifest={"second": True})  # its own output may be replaced
+    checkpoint.save(
+        model, None, tmp_path / "thesis", manifest={"second": True}
+    )  # its own output may be replaced
     assert json.loads((tmp_path / "thesis" / "calib.json").read_text())["second"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "thesis"]
 
 
-def test_a_folder_with_more_than_a_model_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_more_than_a_model_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "notes").write_text("mine")
     monkeypatch.chdir(tmp_path / "work")
@@ -389,14 +439,23 @@ def test_changes_no_checkpoint_can_hold_are_named(tmp_path: Path) -> None:
         checkpoint.save(nn.Sequential(nn.Linear(2, 2)), None, tmp_path / "out", manifest={})
 
 
-def test_verify_in_a_fresh_process(tmp_path: Path) -> None:
+def test_verify_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = prefixed(quantized(llama(), W8, STATIC))
     folder = checkpoint.save(model, None, tmp_path / "own", manifest={})
-    inputs = reference_batch({"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": torch.zeros(2)})
+    inputs = reference_batch(
+        {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": torch.zeros(2)}
+    )
     assert list(inputs) == ["input_ids", "attention_mask"]
     expected = answer(model, inputs)
     report = calib.verify(folder, expected, inputs, tolerance=1e-2)
     assert report.top1 >= 0.99 and report.positions == IDS.numel()
+    assert report.kernel_difference is not None and report.kernel_difference <= 1e-5
+    answers = {"logits": expected, "packed": expected, "kernels": torch.tensor([1e-6])}
+    monkeypatch.setattr("calib.export.verify._fresh_answer", lambda *_: answers)
+    assert calib.verify(folder).max_difference == 0.0
+    answers["kernels"] = torch.tensor([1e-2])
+    with pytest.raises(VerifyError, match="kernel"):
+        calib.verify(folder)
     stored = load_file(folder / REFERENCE)
     stored["logits"] = stored["logits"] + 0.01 * (expected.max() - expected.min())
     save_file(stored, folder / REFERENCE)

@@ -246,6 +246,26 @@ def test_packed_is_fake_with_float_rows(weights: str, symmetric: bool) -> None:
     assert (clipped.set_mode("packed")(x) - module.set_mode("packed")(x))[0, 0].abs().max() > 1
 
 
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_blocks_of_rows_and_tiles_of_weights_do_not_matter(
+    inputs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(3, 11, 48)
+    x[1, 4, 2] = 700.0
+    for weights, float_rows in itertools.product(("8-channel", "4-group"), (False, True)):
+        module = linear(
+            40, 48, WEIGHTS[weights], INPUTS[inputs], float_rows=float_rows, shift=True, hadamard=16
+        )
+        whole = module.set_mode("packed")(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "BLOCK", 100)
+            patch.setattr(kernels, "TILE", 1)
+            assert torch.allclose(
+                module.set_mode("packed")(x), whole, rtol=0, atol=5e-6 * float(whole.abs().max())
+            )
+            assert_packed_is_fake(module, x, 5e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights", ["8-channel", "4-channel", "4-group"])
 @pytest.mark.parametrize("inputs", ["float", "static", "token-asymmetric"])

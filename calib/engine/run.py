@@ -51,6 +51,19 @@ def split_probes(batches: Sequence[Batch]) -> list[Batch]:
     return [*rows, *batches[1:]]
 
 
+@contextmanager
+def packed(block: nn.Module) -> Iterator[None]:
+    """Run the block's QuantLinears on integer kernels inside: several times faster than their float simulation."""
+    modules = [module for module in block.modules() if isinstance(module, QuantLinear)]
+    for module in modules:
+        module.set_mode("packed")
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_mode("fake")
+
+
 class Engine:
     """Quantizes a model's blocks in place, in order, each from the outputs of those before it."""
 
@@ -128,7 +141,7 @@ class Engine:
         with self.timed("weights"):
             for state in states:
                 self._quantize_site(name, block, state)
-        with self.timed("propagate"):
+        with self.timed("propagate"), packed(block):
             quantized = [run() for run in runs] if self.recipe.inputs == "quantized" else [runs[0]()]
         error = float((quantized[0] - before).norm() / before.norm().clamp(min=1e-30))
         self.outcome.blocks[name] = error

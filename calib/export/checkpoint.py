@@ -22,11 +22,12 @@ FORMAT = "calib"
 def save(
     model: nn.Module, tokenizer: Any, out: str | Path, *, manifest: Mapping[str, Any], overwrite: bool = False
 ) -> Path:
-    """Write a quantized model to the folder ``out``; it appears there complete or not at all. Returns its path.
+    """Write a quantized model to the folder ``out``, complete or not at all; returns its path.
 
-    config.json, model.safetensors (sharded past 5 GB, tied weights once, every tensor in its own dtype), tokenizer,
-    generation config, and ``calib.json``: the manifest with versions and the sha256 of the weight files. Raises
-    OutputError for a folder that cannot or must not be written, or a model that this format cannot hold.
+    config.json, model.safetensors (sharded past 5 GB, tied weights once, every tensor in its own dtype),
+    tokenizer, generation config, and ``calib.json``: the manifest with versions and the sha256 of the weight
+    files. Raises OutputError for a folder that cannot or must not be written, or a model that this format
+    cannot hold.
     """
     stock = require_transformers(model)
     quantization, config = describe(stock)
@@ -38,7 +39,7 @@ def save(
 
 
 def describe(model: PreTrainedModel) -> tuple[hf.CalibConfig, Any]:
-    """The quantization config and the plain config from which the model can be rebuilt, checked by rebuilding it."""
+    """The quantization config and the plain config that rebuild the model, checked by rebuilding it."""
     quantization = hf.describe(model)
     config = plain_config(model)
     skeleton = stock_on_meta(type(model), config)
@@ -53,8 +54,8 @@ def describe(model: PreTrainedModel) -> tuple[hf.CalibConfig, Any]:
     for name in sorted(have.keys() | want.keys()):
         if have.get(name) != want.get(name):
             raise OutputError(
-                f"{name} is {have.get(name, 'absent')} in the model and {want.get(name, 'absent')} in its class "
-                f"{type(model).__name__}, which no checkpoint can express",
+                f"{name} is {have.get(name, 'absent')} in the model and {want.get(name, 'absent')} in its "
+                f"class {type(model).__name__}, which no checkpoint can express",
                 "save before changing the model by hand, or report this as a bug",
             )
     return quantization, config

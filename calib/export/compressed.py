@@ -1,8 +1,8 @@
 """compressed-tensors: checkpoints that transformers, and others, load without calib.
 
-Layouts: ``int-quantized`` (integer weights and activations) keeps one int8 per weight; ``pack-quantized`` (weights
-only) packs codes into int32 words. Scales are stored in the model's dtype. What the format
-cannot say exactly is refused with the reason, never approximated.
+Layouts: ``int-quantized`` (integer weights and activations) keeps one int8 per weight; ``pack-quantized``
+(weights only) packs codes into int32 words. Scales are stored in the model's dtype. What the format cannot
+say exactly is refused with the reason, never approximated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMAT = "compressed-tensors"
 
 
 def expressible(model: nn.Module) -> list[str]:
-    """Why compressed-tensors cannot hold this model exactly; empty where it can. One line a kind of reason."""
+    """Why compressed-tensors cannot hold this model exactly, a line a reason; empty where it can."""
     if not isinstance(model, PreTrainedModel):
         return [f"{type(model).__name__} is not a transformers model"]
     reasons: dict[str, str] = {}  # reason -> first module
@@ -64,7 +64,7 @@ def _module_reasons(module: QuantLinear, dtype: torch.dtype) -> list[str]:
         reasons.append("an online Hadamard precedes a linear")
     if spec is None:
         if not module.weight_spec.symmetric and module.weight_spec.granularity != "tensor":
-            # transformers 5.23 expects them unpacked where compressed-tensors 0.20 packs them: its own files fail too
+            # transformers 5.23 expects unpacked what compressed-tensors 0.20 packs: its own files fail too
             reasons.append("zero points of packed weights, which transformers does not load")
     elif quantizer.float_rows:
         reasons.append("rows beyond the static range are computed in float")
@@ -86,7 +86,7 @@ def _full_range(spec: AffineSpec) -> bool:
 
 
 def _input_dims(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Dimensions of each module's input in one forward on the model's dummy batch: 3 is [batch, tokens, channels]."""
+    """Dimensions of each module's input on the model's dummy batch: 3 is [batch, tokens, channels]."""
     dims: dict[str, int] = {}
     hooks = []
     for name, module in modules.items():
@@ -108,14 +108,15 @@ def _input_dims(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dic
 def save(
     model: nn.Module, tokenizer: Any, out: str | Path, *, manifest: Mapping[str, Any], overwrite: bool = False
 ) -> Path:
-    """Write the model as a stock transformers folder in compressed-tensors format; same guarantees as checkpoint.save.
+    """Write a stock transformers folder in compressed-tensors format, as safely as checkpoint.save.
 
     Raises OutputError with the reasons where `expressible` has any.
     """
     model = require_transformers(model)
     if reasons := expressible(model):
         raise OutputError(
-            f"compressed-tensors cannot express this model: {'; '.join(reasons)}", "use --format calib, or auto"
+            f"compressed-tensors cannot express this model: {'; '.join(reasons)}",
+            "use --format calib, or auto",
         )
     config, zero_biases = _stock_config(model)
     tensors = _tensors(model)
@@ -141,7 +142,9 @@ def _linear_tensors(module: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor
     """One linear in compressed-tensors' names, shapes and dtypes."""
     spec, quantizer = module.weight_spec, module.input
     packed = quantizer.spec is None
-    shape = {"tensor": (1,), "group": (module.out_features, -1)}.get(spec.granularity, (module.out_features, 1))
+    shape = {"tensor": (1,), "group": (module.out_features, -1)}.get(
+        spec.granularity, (module.out_features, 1)
+    )
     tensors = {"weight_scale": module.weight_scale.reshape(shape).to(dtype)}
     if packed:
         words = pack(module.codes(), 8) if module.weight_packed is None else module.weight_packed
@@ -191,7 +194,12 @@ def _quantization_config(model: PreTrainedModel) -> dict[str, Any]:
         }
     )
     dumped: dict[str, Any] = config.model_dump(mode="json")
-    return {"version": compressed_tensors.__version__, "sparsity_config": {}, "transform_config": {}, **dumped}
+    return {
+        "version": compressed_tensors.__version__,
+        "sparsity_config": {},
+        "transform_config": {},
+        **dumped,
+    }
 
 
 def _args(spec: AffineSpec) -> dict[str, Any]:
@@ -206,7 +214,7 @@ def _args(spec: AffineSpec) -> dict[str, Any]:
 
 
 def _stock_config(model: PreTrainedModel) -> tuple[Any, dict[str, int]]:
-    """The config under which the stock class has every bias that ours has, and the sizes of those to fill with zeros.
+    """The config that gives the stock class every bias ours has, and the sizes of those it adds: zeros.
 
     Biases that the class lacks by default are looked for behind its config's boolean ``*bias*`` flags.
     """
@@ -227,4 +235,6 @@ def _stock_config(model: PreTrainedModel) -> tuple[Any, dict[str, int]]:
                 extra = {k: t.shape[0] for k, t in theirs.items() if k.endswith(".bias") and k not in ours}
                 return candidate, extra
     lacking = sorted(ours - stock_on_meta(type(model), config).state_dict().keys())
-    raise OutputError(f"{type(model).__name__} has no place for {hf.some(lacking)}", "use --format calib, or auto")
+    raise OutputError(
+        f"{type(model).__name__} has no place for {hf.some(lacking)}", "use --format calib, or auto"
+    )

@@ -1,4 +1,4 @@
-"""Output folders that are either finished or absent: staged beside the target, fsynced, moved into place at the end."""
+"""Output folders that are finished or absent: staged beside the target, moved into place at the end."""
 
 from __future__ import annotations
 
@@ -20,36 +20,42 @@ from torch import Tensor
 
 from calib.errors import OutputError
 
-MANIFEST = "calib.json"  # written by every calib export, whatever its format: what makes a folder ours to replace
+MANIFEST = "calib.json"  # in every export, whatever its format: what makes a folder ours to replace
 MAX_SHARD = "5GB"
 SLACK_BYTES = 32 * 2**20  # tokenizer, config, manifest, verification batch
 
 
 def check_out(out: str | Path, *, overwrite: bool = False, needed_bytes: int = 0) -> Path:
-    """Refuse an output path that could not be written at the end; call it before any work. Returns the absolute path.
+    """The absolute path of an output folder; refuses, before any work, one that could not be written.
 
-    A missing or empty folder, or an earlier calib output, is fine. Anything else needs ``overwrite``, and even then a
-    folder that holds the working directory, the home directory or a repository is never replaced.
+    A missing or empty folder, or an earlier calib output, is fine. Anything else needs ``overwrite``, and
+    even then a folder that holds the working directory, the home directory or a repository is never replaced.
     """
     path = Path(out).expanduser().absolute()
     with writing(path):
         if path.exists() and not path.is_dir():
             if not overwrite:
-                raise OutputError(f"{path} is a file, not a folder", "choose another --out, or pass --overwrite")
+                raise OutputError(
+                    f"{path} is a file, not a folder", "choose another --out, or pass --overwrite"
+                )
         elif path.is_dir() and not _ours(path):
             if not overwrite:
                 raise OutputError(
-                    f"{path} exists and holds something that calib did not write", "choose another --out, or pass --overwrite"
+                    f"{path} exists and holds something that calib did not write",
+                    "choose another --out, or pass --overwrite",
                 )
             here = (Path.cwd(), Path.home())
             if any(path == p or path in p.parents for p in here) or (path / ".git").exists():
-                raise OutputError(f"{path} holds more than a model and is never replaced", "choose another --out")
+                raise OutputError(
+                    f"{path} holds more than a model and is never replaced", "choose another --out"
+                )
         path.parent.mkdir(parents=True, exist_ok=True)
         Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent)).rmdir()
         free = shutil.disk_usage(path.parent).free
     if needed_bytes and free < needed_bytes + SLACK_BYTES:
         raise OutputError(
-            f"{path.parent} has {free / 2**20:.0f} MiB free and the checkpoint needs {(needed_bytes + SLACK_BYTES) / 2**20:.0f}",
+            f"{path.parent} has {free / 2**20:.0f} MiB free and the checkpoint needs "
+            f"{(needed_bytes + SLACK_BYTES) / 2**20:.0f}",
             "free some space or choose another --out",
         )
     return path
@@ -68,7 +74,9 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         cause = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
-        fix = "free some space or choose another --out" if full else "choose an --out that this user can write"
+        fix = (
+            "free some space or choose another --out" if full else "choose an --out that this user can write"
+        )
         raise OutputError(f"cannot write {path}: {cause}", fix) from error
 
 
@@ -124,12 +132,14 @@ def _umask() -> int:
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write ``model.safetensors`` (or shards of at most 5 GB and their index); returns file name -> sha256."""
+    """Write ``model.safetensors`` (past 5 GB shards and their index); returns file name -> sha256."""
     plan = split_torch_state_dict_into_shards(
         dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD
     )
     for name, keys in plan.filename_to_tensors.items():
-        save_file({key: tensors[key].contiguous() for key in keys}, str(folder / name), metadata={"format": "pt"})
+        save_file(
+            {key: tensors[key].contiguous() for key in keys}, str(folder / name), metadata={"format": "pt"}
+        )
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

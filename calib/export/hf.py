@@ -1,8 +1,8 @@
-"""calib's format inside transformers: after ``import calib``, ``AutoModel*.from_pretrained(folder)`` gives the model.
+"""calib's format inside transformers: what ``AutoModel*.from_pretrained`` does after ``import calib``.
 
-``config.json`` holds a `CalibConfig`: what each quantized linear looks like, in groups; which plain linears gained a
-bias; which stock modules became linears first; the prefix. The stock class is built on the meta device, rebuilt from
-that description, and the tensors are loaded by name.
+``config.json`` holds a `CalibConfig`: what each quantized linear looks like, in groups; which plain linears
+gained a bias; which stock modules became linears first; the prefix. The stock class is built on the meta
+device, rebuilt from that description, and the tensors are loaded by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -31,8 +35,8 @@ FORMAT_VERSION = 1
 MODE_VARIABLE = "CALIB_MODE"  # 'packed' (default) or 'fake': what from_pretrained leaves the linears in
 
 
-class CalibConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """``quantization_config`` of a calib checkpoint; plain JSON values only. Raises ModelError where it is not one."""
+class CalibConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a calib checkpoint, plain JSON values. Raises ModelError."""
 
     def __init__(
         self,
@@ -46,12 +50,14 @@ class CalibConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         if format_version != FORMAT_VERSION:
             raise ModelError(
-                f"the checkpoint has calib format version {format_version}, this calib reads {FORMAT_VERSION}",
+                f"the checkpoint has calib format version {format_version}, this one reads {FORMAT_VERSION}",
                 "install a newer calib, or export the model again",
             )
         if unknown:
-            raise ModelError(f"quantization_config has unknown keys {sorted(unknown)}", "install the calib that wrote it")
-        self.quant_method = quant_method
+            raise ModelError(
+                f"quantization_config has unknown keys {sorted(unknown)}", "install the calib that wrote it"
+            )
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers' own is an enum of strings
         self.format_version = format_version
         self.groups = [dict(group) for group in groups]
         self.biased_linears = list(biased_linears)
@@ -70,9 +76,11 @@ def describe(model: nn.Module) -> CalibConfig:
     prefix = getattr(model, "calib_prefix", None)
     shape = None
     if isinstance(prefix, Prefix):
-        layers, kv_heads, _, head_dim = prefix.keys.shape
+        keys: Any = prefix.keys
+        layers, kv_heads, _, head_dim = keys.shape
         shape = {"tokens": list(prefix.tokens), "layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
-    return CalibConfig(list(groups.values()), rewrites=getattr(model, "calib_rewrites", ()), prefix=shape)
+    rewrites: Any = getattr(model, "calib_rewrites", ())
+    return CalibConfig(list(groups.values()), rewrites=rewrites, prefix=shape)
 
 
 def describe_linear(module: QuantLinear) -> dict[str, Any]:
@@ -96,7 +104,9 @@ def build(model: PreTrainedModel, config: CalibConfig, dtype: torch.dtype) -> No
     """
     from calib.model.linears import apply_rewrites
 
-    rewrites = [{**r, "name": name} for r in config.rewrites if (name := _resolve(model, r["name"])) is not None]
+    rewrites = [
+        {**r, "name": name} for r in config.rewrites if (name := _resolve(model, r["name"])) is not None
+    ]
     apply_rewrites(model, rewrites)
     with torch.device("meta"), _default_dtype(torch.float32):
         for group in config.groups:
@@ -107,8 +117,8 @@ def build(model: PreTrainedModel, config: CalibConfig, dtype: torch.dtype) -> No
         for target in config.biased_linears:
             name = _resolve(model, target)
             if name is not None:
-                module = model.get_submodule(name)
-                module.bias = nn.Parameter(torch.empty(module.weight.shape[0], dtype=dtype))  # type: ignore[union-attr,index]
+                module: Any = model.get_submodule(name)
+                module.bias = nn.Parameter(torch.empty(len(module.weight), dtype=dtype))
         if config.prefix is not None:
             p = config.prefix
             model.calib_prefix = Prefix(p["tokens"], p["layers"], p["kv_heads"], p["head_dim"], dtype)
@@ -129,11 +139,13 @@ def _quant_linear(stock: nn.Module, group: Mapping[str, Any], name: str, dtype: 
         )
         return QuantLinear(n_in, n_out, weights, quantizer, group["bias"], dtype)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"quantization_config does not fit {name}: {error}", "install the calib that wrote it") from error
+        raise ModelError(
+            f"quantization_config does not fit {name}: {error}", "install the calib that wrote it"
+        ) from error
 
 
 def _resolve(model: PreTrainedModel, name: str) -> str | None:
-    """The name under which this class knows a module or parameter of the checkpoint's class; None: not part of it."""
+    """The name this class has for a module or parameter of the checkpoint's class; None: it has none."""
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
         with contextlib.suppress(AttributeError):
@@ -142,7 +154,8 @@ def _resolve(model: PreTrainedModel, name: str) -> str | None:
                 return candidate
     if type(model).__name__ in (model.config.architectures or ()):
         raise ModelError(
-            f"{type(model).__name__} has no {name}, which the checkpoint quantizes", "use the transformers that wrote it"
+            f"{type(model).__name__} has no {name}, which the checkpoint quantizes",
+            "use the transformers that wrote it",
         )
     return None
 
@@ -179,16 +192,21 @@ def check_files(model: PreTrainedModel, files: Iterable[str | Path]) -> None:
                 for key in handle.keys():  # noqa: SIM118
                     found[key] = (names[-1], tuple(handle.get_slice(key).get_shape()))
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is truncated or not safetensors: {error}", "export or copy the model again") from error
+            raise ModelError(
+                f"{file} is truncated or not safetensors: {error}", "export or copy the model again"
+            ) from error
     if missing := sorted(expected.keys() - found.keys()):
         raise ModelError(f"{', '.join(names)}: tensor {some(missing)} is missing", "export the model again")
     if extra := sorted(found.keys() - expected.keys() - tied_away(model)):
-        raise ModelError(f"{found[extra[0]][0]}: tensor {some(extra)} is not part of the model", "export the model again")
+        raise ModelError(
+            f"{found[extra[0]][0]}: tensor {some(extra)} is not part of the model", "export the model again"
+        )
     for key, shape in expected.items():
         file, stored = found[key]
         if stored != shape:
             raise ModelError(
-                f"{file}: tensor {key} has shape {list(stored)}, the model needs {list(shape)}", "export the model again"
+                f"{file}: tensor {key} has shape {list(stored)}, the model needs {list(shape)}",
+                "export the model again",
             )
 
 
@@ -196,10 +214,10 @@ def some(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
 
-class CalibHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class CalibHfQuantizer(HfQuantizer):
     """What transformers' from_pretrained calls for ``quant_method: calib``."""
 
-    requires_calibration = True  # from_pretrained loads what calib.quantize wrote, it quantizes nothing itself
+    requires_calibration = True  # from_pretrained loads what calib.quantize wrote, and quantizes nothing
     quantization_config: CalibConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -209,7 +227,7 @@ class CalibHfQuantizer(HfQuantizer):  # type: ignore[misc]
             check_files(model, files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        model.calib_rewrites = self.quantization_config.rewrites
+        model.calib_rewrites = self.quantization_config.rewrites  # type: ignore[assignment]
         mode = os.environ.get(MODE_VARIABLE, "packed")
         if mode not in ("packed", "fake"):
             raise ModelError(f"{MODE_VARIABLE}={mode} is not a mode", "set it to packed or fake")
@@ -245,4 +263,13 @@ def register() -> None:
         register_quantizer(METHOD)(CalibHfQuantizer)
 
 
-__all__ = ["CalibConfig", "CalibError", "CalibHfQuantizer", "build", "check_files", "describe", "register", "set_mode"]
+__all__ = [
+    "CalibConfig",
+    "CalibError",
+    "CalibHfQuantizer",
+    "build",
+    "check_files",
+    "describe",
+    "register",
+    "set_mode",
+]

@@ -1,8 +1,9 @@
 """Integer kernels against float arithmetic, linear by linear, on the inputs that a real forward gives them.
 
-End to end the two cannot be compared closely: sums in another order differ by 1e-6, sooner or later an activation next to
-a rounding boundary takes the neighbouring code, and from there on a low-bit network differs like one whose embeddings
-carry 1e-6 of noise (SmolLM2-135M, static W8A8: 0.04 of the logit range either way).
+End to end the two cannot be compared closely: sums in another order differ by 1e-6, sooner or later an
+activation next to a rounding boundary takes the neighbouring code, and from there on a low-bit network
+differs like one whose embeddings carry 1e-6 of noise (SmolLM2-135M, static W8A8: 0.04 of the logit range
+either way).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from calib.nn import QuantLinear
 
 @contextlib.contextmanager
 def comparing(model: nn.Module) -> Iterator[dict[str, float]]:
-    """While the model runs in mode 'fake': name -> largest difference of the packed output, of its largest value."""
+    """While it runs in mode 'fake': name -> largest difference of the packed output, of its largest value."""
     differences: dict[str, float] = {}
     busy = False
 

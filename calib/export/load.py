@@ -23,11 +23,13 @@ def load(
     *,
     progress: bool = False,
 ) -> nn.Module:
-    """The model of a folder (or a name that model_zoo knows), in eval mode, prefix installed where it has one.
+    """The model of a folder (or a name that model_zoo knows), in eval mode, prefix installed where it has
+    one.
 
-    mode: 'packed' runs integer kernels where this machine has one for the format, 'fake' the same grids in floats; it
-    concerns calib's own format only. dtype: of everything that is not codes or scales; default: as stored. Raises
-    ModelError, one line that names file and tensor, for what is missing, truncated, unknown or too new.
+    mode: 'packed' runs integer kernels where this machine has one for the format, 'fake' the same grids in
+    floats; it concerns calib's own format only. dtype: of everything that is not codes or scales; default: as
+    stored. Raises ModelError, one line that names file and tensor, for what is missing, truncated, unknown or
+    too new.
     """
     return load_pair(path, mode, dtype, progress=progress)[0]
 
@@ -82,7 +84,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"{file} cannot be read ({error.strerror})", "name a folder that holds a saved model") from error
+        raise ModelError(
+            f"{file} cannot be read ({error.strerror})", "name a folder that holds a saved model"
+        ) from error
     except ValueError as error:
         raise ModelError(f"{file} is not JSON ({error})", AGAIN) from error
     if not isinstance(config, dict):

@@ -22,20 +22,27 @@ from calib.errors import ModelError, VerifyError
 from calib.export.files import MANIFEST, sha256, writing
 from calib.export.load import check_folder
 
-REFERENCE = Path("verify") / "reference.safetensors"  # in a folder of its own: loaders read every top-level safetensors
+REFERENCE = (
+    Path("verify") / "reference.safetensors"
+)  # in a folder of its own: loaders read every top-level safetensors
 ROWS, TOKENS, TAIL = 2, 64, 16
 STORED_LOGITS = 1 << 20  # past this many, only the last TAIL positions are kept
 TOLERANCE = {"float32": 1e-3, "float64": 1e-3, "float16": 5e-3, "bfloat16": 3e-2}  # of the logit range
-KERNEL_TOLERANCE = {"float32": 1e-4, "float64": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}  # of a linear's largest output
+KERNEL_TOLERANCE = {
+    "float32": 1e-4,
+    "float64": 1e-4,
+    "float16": 5e-3,
+    "bfloat16": 3e-2,
+}  # of a linear's largest output
 
 
 @dataclass(frozen=True)
 class VerifyReport:
     """max_difference: largest |logit - reference| over the reference's range. top1: share of equal arg max.
 
-    Of calib's own format the fresh process runs the float arithmetic of the reference, from the packed file, for these;
-    kernel_difference holds each integer kernel against it on the same inputs (see kernel_check.py), and packed_* are
-    the logits of the whole model on integer kernels, for information.
+    Of calib's own format the fresh process runs the float arithmetic of the reference, from the packed file,
+    for these; kernel_difference holds each integer kernel against it on the same inputs (see
+    kernel_check.py), and packed_* are the logits of the whole model on integer kernels, for information.
     """
 
     max_difference: float
@@ -53,8 +60,8 @@ class VerifyReport:
 
     def __str__(self) -> str:
         text = (
-            f"verified: a fresh process ({self.loader}) answers within {self.max_difference:.1e} of the logit range, "
-            f"equal top-1 at {self.top1:.1%} of {self.positions} positions"
+            f"verified: a fresh process ({self.loader}) answers within {self.max_difference:.1e} of the "
+            f"logit range, equal top-1 at {self.top1:.1%} of {self.positions} positions"
         )
         if self.kernel_difference is None:
             return text
@@ -65,7 +72,9 @@ class VerifyReport:
 
 
 def reference_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The small batch that a checkpoint is verified on: the first 2 rows and 64 tokens of a calibration batch."""
+    """The small batch that a checkpoint is verified on: the first 2 rows and 64 tokens of a calibration
+    batch.
+    """
     return {key: value[:ROWS, :TOKENS].contiguous() for key, value in batch.items() if value.dim() == 2}
 
 
@@ -85,11 +94,13 @@ def verify(
     *,
     tolerance: float | None = None,
 ) -> VerifyReport:
-    """Compare what ``out`` answers in a fresh process with ``reference``, the logits of the model it was written from.
+    """Compare what ``out`` answers in a fresh process with ``reference``, the logits of the model it was
+    written from.
 
     With reference and inputs they are stored in the folder first, so that a later call needs neither. Raises
-    VerifyError where the largest difference exceeds ``tolerance`` (default by dtype: 1e-3 of the logit range in fp32),
-    or where a weight file is not the one that was written; ModelError where the folder cannot be read.
+    VerifyError where the largest difference exceeds ``tolerance`` (default by dtype: 1e-3 of the logit range
+    in fp32), or where a weight file is not the one that was written; ModelError where the folder cannot be
+    read.
     """
     folder = Path(out).expanduser().absolute()
     config = check_folder(folder)
@@ -101,7 +112,9 @@ def verify(
         stored = load_file(file)
         wanted = stored["logits"]
     except (OSError, SafetensorError, KeyError) as error:
-        raise ModelError(f"{file} is missing or damaged", "only exports that were verified once can be again") from error
+        raise ModelError(
+            f"{file} is missing or damaged", "only exports that were verified once can be again"
+        ) from error
     own = (config.get("quantization_config") or {}).get("quant_method") == "calib"
     start = time.perf_counter()
     answers = _fresh_answer(folder, file, own)
@@ -125,8 +138,8 @@ def verify(
     kernels, allowed = float(answers["kernels"]), KERNEL_TOLERANCE.get(str(config.get("dtype")), 1e-4)
     if not kernels <= allowed:
         raise VerifyError(
-            f"an integer kernel of this machine differs from float arithmetic by {kernels:.2e} of a linear's largest "
-            f"output, more than {allowed:.0e}",
+            f"an integer kernel of this machine differs from float arithmetic by {kernels:.2e} of a linear's "
+            f"largest output, more than {allowed:.0e}",
             "load with mode='fake', and report this as a bug",
         )
     packed, packed_top1 = _compare(folder, answers["packed"], wanted)
@@ -134,13 +147,19 @@ def verify(
 
 
 def _compare(folder: Path, got: Tensor, wanted: Tensor) -> tuple[float, float]:
-    """Largest difference over the range of ``wanted``, share of equal arg max; of the last positions, if fewer are wanted."""
+    """Largest difference over the range of ``wanted``, share of equal arg max; of the last positions, if
+    fewer are wanted.
+    """
     if got.dim() == 3:
         got = got[:, -wanted.shape[1] :]
     if got.shape != wanted.shape:
-        raise VerifyError(f"{folder} answers in shape {list(got.shape)}, not {list(wanted.shape)}", "export the model again")
+        raise VerifyError(
+            f"{folder} answers in shape {list(got.shape)}, not {list(wanted.shape)}", "export the model again"
+        )
     span = max(float(wanted.max() - wanted.min()), 1e-12)
-    return float((got - wanted).abs().max()) / span, float((got.argmax(-1) == wanted.argmax(-1)).float().mean())
+    return float((got - wanted).abs().max()) / span, float(
+        (got.argmax(-1) == wanted.argmax(-1)).float().mean()
+    )
 
 
 def _store(folder: Path, reference: Tensor, inputs: Mapping[str, Tensor]) -> None:
@@ -168,7 +187,9 @@ def _check_hashes(folder: Path) -> None:
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name} is missing", "export or copy the model again")
         if sha256(folder / name) != expected:
-            raise VerifyError(f"{folder / name} is not the file that was written (sha256 differs)", "export the model again")
+            raise VerifyError(
+                f"{folder / name} is not the file that was written (sha256 differs)", "export the model again"
+            )
 
 
 def _fresh_answer(folder: Path, batch: Path, own: bool) -> dict[str, Tensor]:
@@ -190,6 +211,10 @@ def _fresh_answer(folder: Path, batch: Path, own: bool) -> dict[str, Tensor]:
             check=False,
         )
         if child.returncode != 0 or not result.is_file():
-            lines = [line for line in child.stderr.splitlines() if line.strip()] or [f"exit code {child.returncode}"]
-            raise VerifyError(f"{folder} does not load in a fresh process: {lines[-1][:300]}", "export the model again")
+            lines = [line for line in child.stderr.splitlines() if line.strip()] or [
+                f"exit code {child.returncode}"
+            ]
+            raise VerifyError(
+                f"{folder} does not load in a fresh process: {lines[-1][:300]}", "export the model again"
+            )
         return {name: tensor.clone() for name, tensor in load_file(result).items()}

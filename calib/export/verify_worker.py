@@ -1,7 +1,9 @@
-"""Run in a fresh process, by file path: load a checkpoint with its own loader, answer a stored batch, save the answer.
+"""Run in a fresh process, by file path: load a checkpoint with its own loader, answer a stored batch, save
+the answer.
 
-usage: verify_worker.py FOLDER BATCH.safetensors OUT.safetensors [ROOT]. With ROOT, calib is imported from there first,
-and the integer kernels are compared with the float arithmetic as well; without it, calib must not be needed.
+usage: verify_worker.py FOLDER BATCH.safetensors OUT.safetensors [ROOT]. With ROOT, calib is imported from
+there first, and the integer kernels are compared with the float arithmetic as well; without it, calib must
+not be needed.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class ActivationQuantizer(nn.Module):
         if self.shift is not None:
             x = x - self.shift
         if self.rescale is not None:
-            x = x / self.rescale
+            x = x / self.rescale if self.shift is None else x.div_(self.rescale)
         return block_hadamard(x, self.hadamard)
 
     def qparams_for(self, x: Tensor) -> tuple[Tensor, Tensor]:

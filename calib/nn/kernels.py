@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from calib.nn.activation import ActivationQuantizer
     from calib.nn.linear import QuantLinear
 
 Operator = Literal["qlinear", "int_mm", "int4"]
 
 TILE = 1 << 20  # weights decoded to float at a time: the tile stays in cache
+BLOCK = 1 << 19  # activations quantized at a time: larger temporaries page-fault on every call, up to 5x
 LONGEST = 1 << 16  # inputs of which every int32 sum, zero point included, is safe from overflow
 INT4_GROUPS = (32, 64, 128, 256)  # what torch's int4 kernel takes, with outputs in multiples of 16
-INT4_ROWS = 32  # beyond, decoding the weight once costs less than decoding it for every row
+INT4_ROWS = 64  # beyond, decoding the weight once costs less than decoding it for every row
 PROBES = [(1, 64, 32), (2, 129, 7), (33, 512, 48)]  # rows, inputs (at most 512: sums exact in fp32), outputs
 
 
@@ -116,20 +118,42 @@ def _integer(module: QuantLinear) -> Kernel:
             return _qlinear(codes, step, zero, packed, scale, no_zero, bias)
         y = _qlinear(codes, 1.0, 0, packed, scale, no_zero, None)
         if sums is not None:
-            y.sub_(zero_point * (sums * scale))
+            y.addr_(zero_point.float().reshape(-1).expand(len(y)), sums * scale, alpha=-1)
         return y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale.expand(len(y), 1), out=y)
 
     @torch.no_grad()
     def run(x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x.new_zeros(*x.shape[:-1], len(scale))
-        rows = quantizer.transformed(x).reshape(-1, columns)
-        y = product(*quantizer.codes(rows)).to(x.dtype)
-        if float_rows is not None and bool((outside := quantizer.outside(rows)).any()):
-            y[outside] = float_rows(rows[outside].to(x.dtype))
+        rows = x.reshape(-1, columns)
+        codes, x_scale, zero_point, outside = _quantized(quantizer, rows)
+        y = product(codes, x_scale, zero_point).to(x.dtype)
+        if float_rows is not None and outside is not None:
+            y[outside] = float_rows(quantizer.transform(rows[outside]))
         return y.view(*x.shape[:-1], len(scale))
 
     return _named(run, "int8 qlinear" if cpu else "int8 int_mm")
+
+
+def _quantized(quantizer: ActivationQuantizer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Codes of x [M, in], scale, zero point, rows that need float (None: none); a block of rows at a time."""
+    spec = quantizer.spec
+    assert spec is not None
+    whole = x.device.type != "cpu" or (spec.dynamic and spec.granularity == "tensor")
+    step = len(x) if whole else max(1, BLOCK // x.shape[1])
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales, zero_points, outside = [], [], []
+    for start in range(0, len(x), step):
+        t = quantizer.transformed(x[start : start + step])
+        codes[start : start + step], scale, zero_point = quantizer.codes(t)
+        scales.append(scale)
+        zero_points.append(zero_point)
+        if quantizer.watches_rows:
+            outside.append(quantizer.outside(t))
+    rows = torch.cat(outside) if outside else None
+    if quantizer.scale is not None or len(scales) == 1:
+        return codes, scales[0], zero_points[0], rows if rows is not None and bool(rows.any()) else None
+    return codes, torch.cat(scales), torch.cat(zero_points), None
 
 
 def _fits_int4(module: QuantLinear) -> bool:

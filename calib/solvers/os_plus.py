@@ -45,7 +45,7 @@ def exhaustive_grid(absmax: Tensor, lower: float = 1.0) -> list[float]:
     return [top - i * step for i in range(count + 1)] if top > 0 else []
 
 
-def coarse_grid(absmax: Tensor, count: int = 20) -> list[float]:
+def coarse_grid(absmax: Tensor, count: int = 16) -> list[float]:
     """``count`` log-spaced thresholds from T down to a quarter of the median channel (or T / 64, if that is lower)."""
     top = float(absmax.amax())
     if top <= 0:
@@ -66,7 +66,7 @@ def search_exhaustive(absmax: Tensor, loss: Loss, grid: Sequence[float] | None =
     return Search(best[0], scale_for(absmax, best[0]), best[1], identity, tuple(curve))
 
 
-def search_fast(absmax: Tensor, rank: Loss, exact: Loss, refine: int = 8, keep: int = 4) -> Search:
+def search_fast(absmax: Tensor, rank: Loss, exact: Loss, refine: int = 6, keep: int = 3) -> Search:
     """Rank a coarse grid and ``refine`` points around its best with ``rank``; score the best ``keep`` and s = 1 exactly.
 
     rank, exact: the same objective on few and on many rows. The scale returned is never worse than s = 1 on ``exact``.

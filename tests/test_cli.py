@@ -1,0 +1,207 @@
+"""The command line: what it prints, its JSON, and one line with an exit code for all that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import calib
+from calib import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Path:
+    """A random Llama with a byte tokenizer, saved as a folder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    config = LlamaConfig(
+        vocab_size=len(byte_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog, and then it rests for a while. " * 60)
+    return file
+
+
+def quantize(tiny: Path, out: Path, *more: str) -> int:
+    options = ["--samples", "4", "--seq-len", "32", "--batch-size", "2", "--method", "rtn", "--out", str(out)]
+    return cli.run(["quantize", str(tiny), *options, *more])
+
+
+def last_json(output: str) -> dict[str, Any]:
+    value = json.loads(output.splitlines()[-1])
+    assert isinstance(value, dict)
+    return value
+
+
+def one_line(captured: Any) -> str:
+    lines = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return str(lines[0])
+
+
+@pytest.mark.parametrize("command", ["", "quantize", "plan", "eval", "verify", "info"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*command.split(), "--help"]) == 0
+    assert "Usage: calib" in capsys.readouterr().out
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([]) != 0
+    assert "quantize" in capsys.readouterr().out
+
+
+def test_the_main_job_end_to_end(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert quantize(tiny, out, "--scheme", "w8a8", "--data", str(text), "--json", "--quiet") == 0
+    result = last_json(capsys.readouterr().out)
+    assert set(result) == {"out", "plan", "seconds", "peak_rss_mib"}
+    assert set(result["plan"]) == {"transformed", "quantized", "excluded"}
+    assert result["plan"]["quantized"] == 14 and list(result["plan"]["excluded"]) == ["lm_head"]
+    assert result["out"] == str(out) and result["seconds"]["total"] > 0 and result["peak_rss_mib"] > 0
+
+    measure = ["--data", str(text), "--windows", "4", "--seq-len", "32", "--json", "--quiet"]
+    assert cli.run(["eval", str(out), *measure, "--reference", str(tiny)]) == 0
+    result = last_json(capsys.readouterr().out)
+    assert {"task", "metric", "value", "ci95", "n", "seconds", "peak_rss_mib"} <= set(result)
+    assert 0.8 < result["reference"]["ratio"] < 1.25 and result["n"] == 4
+    assert cli.run(["eval", str(tiny), *measure]) == 0
+    assert set(last_json(capsys.readouterr().out)) == {
+        "task", "metric", "value", "ci95", "n", "seconds", "peak_rss_mib"
+    }  # fmt: skip
+
+    assert cli.run(["verify", str(out), "--json"]) == 0
+    assert last_json(capsys.readouterr().out)["max_difference"] <= 1e-3
+
+
+def test_plan_writes_nothing(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["plan", str(tiny), "--json"]) == 0
+    captured = capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj" in captured
+    assert last_json(captured)["quantized"] == 14
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["info", "--json"]) == 0
+    facts = last_json(capsys.readouterr().out)
+    assert facts["versions"]["calib"] == calib.__version__ and "smollm2-135m" in facts["models"]
+    assert cli.run(["info"]) == 0
+    assert "kernels:" in capsys.readouterr().out
+
+
+FAILURES = {
+    "unknown command": ("quantise x", 2, "quantise"),
+    "unknown option": ("plan {tiny} --shceme w8a8", 2, "--shceme"),
+    "no output": ("quantize {tiny}", 2, "--out"),
+    "unknown scheme": ("quantize {tiny} --out {out} --scheme w9a9", 2, "w9a9"),
+    "unknown method": ("quantize {tiny} --out {out} --method magic", 2, "magic"),
+    "unknown model": ("quantize smolm2-135m --out {out}", 2, "smollm2-135m"),
+    "no such folder": ("quantize ./nowhere/model --out {out}", 2, "nowhere"),
+    "unknown format": ("quantize {tiny} --out {out} --format gguf2", 2, "gguf2"),
+    "unknown dtype": ("quantize {tiny} --out {out} --dtype int3", 2, "int3"),
+    "unknown sites": ("quantize {tiny} --out {out} --sites norm,nose", 2, "sites"),
+    "unknown range": ("quantize {tiny} --out {out} --acts-range best", 2, "best"),
+    "rule that matches nothing": (
+        "quantize {tiny} --out {out} --exclude xyz --samples 2 --seq-len 16",
+        2,
+        "xyz",
+    ),
+    "rule that is no expression": ("quantize {tiny} --out {out} --exclude ( --samples 2", 2, "regular"),
+    "missing data": ("quantize {tiny} --out {out} --data {out}/none.txt", 4, "none.txt"),
+    "empty data": ("quantize {tiny} --out {out} --data {empty}", 4, "empty"),
+    "output is another folder": ("quantize {tiny} --out {tiny}", 6, "--overwrite"),
+    "read-only output": ("quantize {tiny} --out /proc/nobody/out", 6, "cannot write"),
+    "windows beyond the model": ("quantize {tiny} --out {out} --seq-len 512", 2, "128"),
+    "eval without data": ("eval {tiny} --data nowhere.txt", 4, "nowhere.txt"),
+    "unknown task": ("eval {tiny} --data {empty} --task chess", 2, "chess"),
+    "verify nothing": ("verify {out}", 3, "no folder"),
+    "verify a float model": ("verify {tiny}", 3, "verified once"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failure_is_one_line(
+    case: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, code, word = FAILURES[case]
+    (tmp_path / "empty.txt").write_text("")
+    names = {"tiny": str(tiny), "out": str(tmp_path / "out"), "empty": str(tmp_path / "empty.txt")}
+    assert cli.run([part.format(**names) for part in command.split()]) == code
+    assert word in one_line(capsys.readouterr())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_model_is_not_quantized_again(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(tiny, tmp_path / "out", "--data", str(text), "--no-verify", "--format", "calib") == 0
+    assert quantize(tmp_path / "out", tmp_path / "again", "--data", str(text)) == 2
+    assert "quantized already" in one_line(capsys.readouterr())
+
+
+def test_interrupted(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calib, "plan", interrupt)
+    assert cli.run(["plan", str(tiny)]) == 130
+    assert "interrupted" in one_line(capsys.readouterr())
+
+
+def test_a_bug_is_not_hidden(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("bug")
+
+    monkeypatch.setattr(calib, "plan", bug)
+    with pytest.raises(ZeroDivisionError):
+        cli.run(["plan", str(tiny)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_in_a_real_process_leaves_no_output(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "calib.cli", "quantize", str(tiny), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    errors = ""
+    while "calibrating" not in errors and (character := process.stderr.read(1)):
+        errors += character
+    process.send_signal(signal.SIGINT)
+    errors += process.communicate(timeout=60)[1]
+    assert process.returncode == 130, errors
+    assert re.search(r"^error: interrupted", errors, re.MULTILINE) and "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
