@@ -20,7 +20,7 @@ from calib.export import checkpoint, compressed
 from calib.export.files import check_out
 from calib.export.verify import answer, reference_batch, verify
 from calib.model import Plan, check_runs, make_plan, small_batch
-from calib.nn import QuantLinear
+from calib.nn import QuantLinear, route_attention
 from calib.recipe import Recipe, Scheme
 from calib.recipe import recipe as make_recipe
 from calib.recipe import scheme as make_scheme
@@ -103,7 +103,8 @@ def quantize(
     """
     seconds: dict[str, float] = {}
     started = time.perf_counter()
-    recipe = make_recipe(make_scheme(scheme, **(scheme_options or {})), method, **options)
+    stock = format == "compressed-tensors"
+    recipe = make_recipe(make_scheme(scheme, **(scheme_options or {})), method, stock, **options)
     if out is not None:
         check_out(out, overwrite=overwrite)
     network, tokenizer = _load(model, tokenizer, dtype, progress)
@@ -121,6 +122,8 @@ def quantize(
     prefix = PrefixBuilder(network, prefix_tokens) if prefix_tokens else None
     if prefix is not None:
         prefix.placeholder().install(network)
+    if recipe.scheme.attention is not None or recipe.scheme.kv is not None:
+        route_attention(network)
     seconds["plan"] = time.perf_counter() - start
 
     engine = Engine(network, plan, recipe, prefix, progress)
@@ -156,7 +159,8 @@ def plan(
     **options: Any,
 ) -> Plan:
     """What ``quantize`` would do to each Linear, without collecting statistics; needs one forward of a few tokens."""
-    recipe = make_recipe(make_scheme(scheme, **(scheme_options or {})), method, **{**options, "samples": 2, "seq_len": 32})
+    short = {**options, "samples": 2, "seq_len": 32}
+    recipe = make_recipe(make_scheme(scheme, **(scheme_options or {})), method, **short)
     network, tokenizer = _load(model, tokenizer, torch.float32, progress)
     return _plan(network, recipe, _data(network, tokenizer, None, recipe))
 

@@ -11,6 +11,7 @@ from calib.errors import InputError
 from calib.quantizers import AffineSpec
 
 SiteChoice = Literal["norm", "vo", "updown", "fc", "fused"]
+FOLDS: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
 METHODS = ("rtn", "smoothquant", "os+", "hadamard", "gptq")
 
 
@@ -67,7 +68,8 @@ class Recipe(_Data):
     """What is done, in order, and on what data.
 
     methods: ``name`` or ``name:value`` (SmoothQuant's alpha, Hadamard's block). sites: which site classes may be
-    transformed; ``fused`` lets the input quantizer carry what no producer can absorb. shift, scale: OS+'s two halves.
+    transformed; ``fused`` lets the input quantizer carry what no producer can absorb. shift, scale: OS+'s two halves;
+    shift ``auto`` keeps a site's shift only where it lowers the site's loss, True always shifts, as published.
     prefix: ``auto`` looks for massive first-token activations under static grids; ``none``; or the token ids.
     float_rows: share of rows (the largest) that a static range leaves out and that run in float; 0 is off.
     inputs: whether a block is calibrated on what the quantized blocks before it produce, or on float.
@@ -75,8 +77,8 @@ class Recipe(_Data):
 
     scheme: Scheme
     methods: tuple[str, ...] = ("os+",)
-    sites: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
-    shift: bool = True
+    sites: tuple[SiteChoice, ...] = FOLDS
+    shift: bool | Literal["auto"] = "auto"
     scale: bool = True
     search: Literal["fast", "exhaustive"] = "fast"
     prefix: Literal["auto", "none"] | tuple[int, ...] = "auto"
@@ -159,9 +161,19 @@ def _changed(spec: AffineSpec, field: str, value: object) -> AffineSpec:
     return spec.with_(**{field: value})
 
 
-def recipe(scheme: Scheme, method: str, **options: object) -> Recipe:
-    """A Recipe from ``"os+,gptq"`` and options, with one-line errors; options that are None keep their defaults."""
+def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) -> Recipe:
+    """A Recipe from ``"os+,gptq"`` and options, with one-line errors; options that are None keep their defaults.
+
+    stock: the result must load without calib, so nothing may be fused into input quantizers and no prefix is taken.
+    Otherwise static schemes, whose quantizers are calib's own anyway, fuse what no neighbour can absorb.
+    """
     given = {key: value for key, value in options.items() if value is not None}
+    if scheme.static and not stock:
+        given.setdefault("sites", (*FOLDS, "fused"))
+    if stock and ("fused" in tuple(given.get("sites", ())) or given.get("prefix", "none") not in ("none", "auto")):  # type: ignore[arg-type]
+        raise InputError("a stock format holds neither fused transforms nor a prefix", "use --format calib")
+    if stock:
+        given["prefix"] = "none"
     methods = tuple(part.strip() for part in method.split(",") if part.strip())
     try:
         return Recipe(scheme=scheme, methods=methods, **given)  # type: ignore[arg-type]

@@ -270,6 +270,37 @@ def test_compressed_tensors_loads_in_a_process_that_never_saw_calib(tmp_path: Pa
         assert not complaints, names[folder_name]
 
 
+@pytest.mark.parametrize("case", CT)
+def test_calib_runs_compressed_tensors_on_its_own_linears(case: str, tmp_path: Path) -> None:
+    model = CT[case]()
+    expected = logits(model)
+    compressed.save(model, None, tmp_path / "out", manifest={})
+    loaded = calib.load(tmp_path / "out", mode="fake")
+    kinds = {n for n, m in loaded.named_modules() if isinstance(m, QuantLinear)}
+    assert kinds == {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert torch.equal(logits(loaded), expected)
+    packed = logits(hf.set_mode(loaded, "packed"))
+    assert float((packed - expected).abs().max()) <= 1e-2 * float(expected.max() - expected.min())
+    rewrite_tensors(
+        tmp_path / "out",
+        lambda t: t.pop(
+            next(key for key in t if key.endswith("LayerNorm.weight") or key.endswith("layernorm.weight"))
+        ),
+    )
+    with pytest.raises(ModelError, match="is missing"):
+        calib.load(tmp_path / "out")
+
+
+def test_foreign_compressed_tensors_grids_are_left_to_their_package(tmp_path: Path) -> None:
+    compressed.save(quantized(llama(), W8, TOKEN), None, tmp_path / "out", manifest={})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"]["symmetric"] = True
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    loaded = calib.load(tmp_path / "out")
+    assert not any(isinstance(m, QuantLinear) for m in loaded.modules())
+    assert logits(loaded).isfinite().all()
+
+
 def test_compressed_tensors_layout(tmp_path: Path) -> None:
     model = quantized(llama(tie_word_embeddings=True), W8, STATIC, bias="v_proj o_proj")
     compressed.save(model, None, tmp_path / "out", manifest={"recipe": 1})

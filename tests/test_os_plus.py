@@ -76,7 +76,7 @@ def view(x: Tensor, w: Tensor, inputs: AffineSpec, weights: AffineSpec, **can: b
 def test_same_pick_as_the_brute_force(bits: int, seed: int) -> None:
     x, w = site(seed)
     inputs, weights = AffineSpec(bits, granularity="tensor"), AffineSpec(bits)
-    r = recipe(scheme("w8a8-static"), "os+", search="exhaustive")
+    r = recipe(scheme("w8a8-static"), "os+", search="exhaustive", shift=True)
     found = OSPlus().solve(view(x, w, inputs, weights), r)
     z, t, s = brute_force(x, w, bits)
     assert torch.equal(found.shift, z)
@@ -97,7 +97,7 @@ def test_fast_search_is_near_the_exhaustive_one(seed: int) -> None:
 def test_shift_and_scale_can_be_switched_off_each() -> None:
     x, w = site(0)
     v = view(x, w, AffineSpec(6, granularity="tensor"), AffineSpec(6))
-    only_shift = OSPlus().solve(v, recipe(scheme("w6a6-static"), "os+", scale=False))
+    only_shift = OSPlus().solve(v, recipe(scheme("w6a6-static"), "os+", scale=False, shift=True))
     only_scale = OSPlus().solve(v, recipe(scheme("w6a6-static"), "os+", shift=False))
     assert only_shift.scale is None and torch.equal(only_shift.shift, midpoint(v.lo, v.hi))
     assert only_scale.shift is None and only_scale.scale is not None
@@ -116,6 +116,18 @@ def test_never_worse_than_identity_and_never_below_one(seed: int, bits: int) -> 
         assert bool((found.scale >= 1).all())
         assert found.loss == loss(found.scale)
         assert min(score for _, score in found.curve) >= 0
+
+
+def test_shift_is_kept_only_where_it_helps() -> None:
+    """Off-centre channels want it; one-sided ones with most values at zero (GELU, ReLU) do not."""
+    x, w = site(0)
+    specs = AffineSpec(6, symmetric=False, granularity="tensor"), AffineSpec(6)
+    kept = OSPlus().solve(view(x, w, *specs), recipe(scheme("w6a6-static"), "os+"))
+    assert kept.shift is not None
+    gelu = torch.nn.functional.gelu(torch.randn(400, 24) * torch.linspace(0.5, 3, 24) - 2)
+    dropped = OSPlus().solve(view(gelu, w, *specs), recipe(scheme("w6a6-static"), "os+"))
+    assert dropped.shift is None
+    assert dropped.detail["loss_without_shift"] < dropped.detail["loss_with_shift"]
 
 
 def test_small_and_zero_tensors_are_searched_too() -> None:
@@ -175,7 +187,7 @@ def test_the_engine_solves_with_the_paper_formulas() -> None:
             stock(**batch)
     options = dict(weight_granularity="tensor", input_symmetric=True)
     result = calib.quantize(
-        model, "w8a8-static", "os+", data, search="exhaustive", inputs="float", progress=False, scheme_options=options
+        model, "w8a8-static", "os+", data, search="exhaustive", shift=True, inputs="float", progress=False, scheme_options=options
     )
     x = torch.cat(seen)
     record = result.report["sites"]["model.decoder.layers.0.fc1"]

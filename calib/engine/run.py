@@ -20,7 +20,7 @@ from calib.engine.state import SiteState
 from calib.errors import NumericsError
 from calib.methods import GPTQ, Hadamard, ShiftScale, SiteMethod, resolve
 from calib.model import Batch, BlockInputs, Plan, Site, Stack, capture, observing, takes_rotation
-from calib.nn import ActivationQuantizer, QuantLinear
+from calib.nn import ActivationQuantizer, AttentionFormat, QuantLinear, attention_modules
 from calib.recipe import Recipe
 from calib.transforms import relative_error, undone_on_failure
 
@@ -141,6 +141,7 @@ class Engine:
         with self.timed("weights"):
             for state in states:
                 self._quantize_site(name, block, state)
+            self._quantize_attention(block)
         with self.timed("propagate"), packed(block):
             quantized = [run() for run in runs] if self.recipe.inputs == "quantized" else [runs[0]()]
         error = float((quantized[0] - before).norm() / before.norm().clamp(min=1e-30))
@@ -288,6 +289,14 @@ class Engine:
         if quantizer.scale is not None:
             record["input_scale"] = float(quantizer.scale)
         self.outcome.sites[f"{name}.{state.target.name}"] = record
+
+    def _quantize_attention(self, block: nn.Module) -> None:
+        scheme = self.recipe.scheme
+        if scheme.attention is None and scheme.kv is None:
+            return
+        prefix = len(self.prefix.tokens) if self.prefix else 0
+        for module in attention_modules(block):
+            module.calib_attention = AttentionFormat(scheme.attention, scheme.kv, prefix)  # type: ignore[assignment]
 
     def _round(self, paths: Sequence[str], block: nn.Module, moments: Any) -> Mapping[str, dict[str, Tensor]]:
         """A weight method's codes for Linears of one input, solved together (one factorisation)."""

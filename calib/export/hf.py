@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from calib.errors import CalibError, ModelError
+from calib.errors import ModelError
 from calib.nn import ActivationQuantizer, Prefix, QuantLinear
 from calib.quantizers import AffineSpec
 
@@ -71,8 +71,8 @@ def describe(model: nn.Module) -> CalibConfig:
     for name, module in model.named_modules():
         if not isinstance(module, QuantLinear):
             continue
-        group = describe_linear(module)
-        groups.setdefault(repr(group), {**group, "targets": []})["targets"].append(name)
+        entry = describe_linear(module)
+        groups.setdefault(repr(entry), {**entry, "targets": []})["targets"].append(name)
     prefix = getattr(model, "calib_prefix", None)
     shape = None
     if isinstance(prefix, Prefix):
@@ -86,14 +86,36 @@ def describe(model: nn.Module) -> CalibConfig:
 def describe_linear(module: QuantLinear) -> dict[str, Any]:
     """One group entry, without its targets."""
     quantizer = module.input
+    return group(
+        module.weight_spec,
+        quantizer.spec,
+        bias=module.bias is not None,
+        shift=quantizer.shift is not None,
+        rescale=quantizer.rescale is not None,
+        hadamard=quantizer.hadamard,
+        float_rows=quantizer.float_rows,
+    )
+
+
+def group(
+    weights: AffineSpec,
+    inputs: AffineSpec | None,
+    *,
+    bias: bool,
+    shift: bool = False,
+    rescale: bool = False,
+    hadamard: int = 1,
+    float_rows: bool = False,
+) -> dict[str, Any]:
+    """What linears of one kind have in common, as JSON values."""
     return {
-        "weights": dataclasses.asdict(module.weight_spec),
-        "input": None if quantizer.spec is None else dataclasses.asdict(quantizer.spec),
-        "shift": quantizer.shift is not None,
-        "rescale": quantizer.rescale is not None,
-        "hadamard": quantizer.hadamard,
-        "float_rows": quantizer.float_rows,
-        "bias": module.bias is not None,
+        "weights": dataclasses.asdict(weights),
+        "input": None if inputs is None else dataclasses.asdict(inputs),
+        "shift": shift,
+        "rescale": rescale,
+        "hadamard": hadamard,
+        "float_rows": float_rows,
+        "bias": bias,
     }
 
 
@@ -108,7 +130,7 @@ def build(model: PreTrainedModel, config: CalibConfig, dtype: torch.dtype) -> No
         {**r, "name": name} for r in config.rewrites if (name := _resolve(model, r["name"])) is not None
     ]
     apply_rewrites(model, rewrites)
-    with torch.device("meta"), _default_dtype(torch.float32):
+    with torch.device("meta"):
         for group in config.groups:
             for target in group["targets"]:
                 name = _resolve(model, target)
@@ -163,16 +185,6 @@ def _resolve(model: PreTrainedModel, name: str) -> str | None:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def tied_away(model: nn.Module) -> set[str]:
@@ -265,11 +277,14 @@ def register() -> None:
 
 __all__ = [
     "CalibConfig",
-    "CalibError",
     "CalibHfQuantizer",
     "build",
     "check_files",
     "describe",
+    "describe_linear",
+    "group",
     "register",
     "set_mode",
+    "some",
+    "tied_away",
 ]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from calib.errors import InputError, ModelError
-from calib.export import hf
+from calib.export import compressed_load, hf
 
 AGAIN = "export or copy the model again"
 
@@ -23,13 +23,12 @@ def load(
     *,
     progress: bool = False,
 ) -> nn.Module:
-    """The model of a folder (or a name that model_zoo knows), in eval mode, prefix installed where it has
-    one.
+    """The model of a folder (or a name that model_zoo knows), in eval mode, with its prefix where it has one.
 
     mode: 'packed' runs integer kernels where this machine has one for the format, 'fake' the same grids in
-    floats; it concerns calib's own format only. dtype: of everything that is not codes or scales; default: as
-    stored. Raises ModelError, one line that names file and tensor, for what is missing, truncated, unknown or
-    too new.
+    floats; both for calib's own format and for compressed-tensors, as far as its grids are calib's own (else
+    its package runs it). dtype: of everything that is not codes or scales; default: as stored. Raises
+    ModelError, one line that names file and tensor, for what is missing, truncated, unknown or too new.
     """
     return load_pair(path, mode, dtype, progress=progress)[0]
 
@@ -47,7 +46,11 @@ def load_pair(
     if mode not in ("packed", "fake"):
         raise InputError(f"unknown mode {mode!r}", "use packed or fake")
     if Path(path).is_dir():
-        check_folder(Path(path))
+        config = check_folder(Path(path))
+        if (config.get("quantization_config") or {}).get("quant_method") == compressed_load.METHOD:
+            model = compressed_load.load_integer(Path(path), config, dtype)
+            if model is not None:
+                return hf.set_mode(model, mode), load_tokenizer(path)
     model, tokenizer = load_model(str(path), dtype="auto" if dtype is None else dtype, progress=progress)  # type: ignore[arg-type]
     return hf.set_mode(model, mode), tokenizer
 

@@ -9,7 +9,8 @@ from calib.solvers import smoothing_scale
 
 
 class SmoothQuant:
-    """``smoothquant:0.8`` sets alpha (0.5 by default). Norm sites only, as published (arXiv 2211.10438)."""
+    """``smoothquant:0.8`` sets alpha (0.5 by default). Norms' outputs, as published (arXiv 2211.10438);
+    in fused form also inputs that no neighbour can scale (post-LN encoders)."""
 
     name = "smoothquant"
 
@@ -22,7 +23,7 @@ class SmoothQuant:
             raise InputError(f"smoothquant alpha {self.alpha} is outside 0..1", "write e.g. smoothquant:0.8")
 
     def solve(self, site: SiteView, recipe: Recipe) -> ShiftScale:
-        if site.kind != "norm" or not site.can_scale:
+        if site.kind not in ("norm", "input") or not site.can_scale:
             return ShiftScale()
         absmax = (-site.lo).maximum(site.hi)
         return ShiftScale(scale=smoothing_scale(absmax, site.weight_absmax, self.alpha), detail={"alpha": self.alpha})

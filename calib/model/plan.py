@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,14 +124,16 @@ def make_plan(model: nn.Module, recipe: Recipe, batch: Batch) -> Plan:
                     after = call.run(block, hidden)
                 sites = find_sites(trace, block)
                 for site in sites:
-                    _try_fold(block, site, lambda b=block, c=call, h=hidden: c.run(b, h), generator)  # type: ignore[misc]
+                    _try_fold(block, site, functools.partial(call.run, block, hidden), after, generator)
                 plan.blocks[name] = BlockPlan(name, sites)
                 hidden = after
     _settle(model, found, plan, recipe)
     return plan
 
 
-def _try_fold(block: nn.Module, site: Site, run: Callable[[], Tensor], generator: torch.Generator) -> None:
+def _try_fold(
+    block: nn.Module, site: Site, run: Callable[[], Tensor], before: Tensor, generator: torch.Generator
+) -> None:
     """Prove the proposed producer with a random fold; take it away, with a note, where the block's output changes."""
     if site.producer is None:
         return
@@ -140,7 +143,7 @@ def _try_fold(block: nn.Module, site: Site, run: Callable[[], Tensor], generator
     scale = target.tie(torch.rand(site.features, generator=generator) * 1.5 + 0.5, "amax")
     shift = target.tie(torch.randn(site.features, generator=generator), "amax") if producer.takes_shift else None
     transform = SiteTransform(target)
-    with undone_on_failure(transform, run, tolerance=-1.0) as error:  # a trial: always undone
+    with undone_on_failure(transform, run, tolerance=-1.0, before=before) as error:  # a trial: always undone
         transform.fold(shift, scale)
     transform.remove_hooks()
     if not error[0] <= TOLERANCE:

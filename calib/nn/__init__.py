@@ -1,12 +1,16 @@
 """Modules that hold results. How they were found is not known here."""
 
 from calib.nn.activation import ActivationQuantizer
+from calib.nn.attention import AttentionFormat, attention_modules, route_attention
 from calib.nn.hadamard import best_block, block_hadamard, hadamard_matrix
 from calib.nn.linear import QuantLinear
 from calib.nn.prefix import Prefix, StatelessCache
 
 __all__ = [
     "ActivationQuantizer",
+    "AttentionFormat",
+    "attention_modules",
+    "route_attention",
     "Prefix",
     "QuantLinear",
     "StatelessCache",
