@@ -172,7 +172,8 @@ def _load(model: Model, tokenizer: Any, dtype: torch.dtype, progress: bool) -> t
         model = model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        return (model.float() if dtype == torch.float32 else model), tokenizer
+        # nn.Module's own cast: transformers refuses it on a model that was dequantized from a GGUF file
+        return nn.Module.to(model, dtype), tokenizer
     from model_zoo.sources import load_model
 
     network, found = load_model(model, dtype=dtype, progress=progress)

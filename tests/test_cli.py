@@ -190,6 +190,16 @@ def test_a_bug_is_not_hidden(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         cli.run(["plan", str(tiny)])
 
 
+def test_importing_calib_imports_no_optional_backend() -> None:
+    optional = "matplotlib, lm_eval, onnx, onnxruntime, torchao, gptqmodel"
+    code = f"import calib, sys; print([n for n in {optional.split(', ')} if n in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert child.stdout.strip() == "[]"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_in_a_real_process_leaves_no_output(tiny: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from calib.model.linears import apply_rewrites, find_rewrites
 from calib.nn import ActivationQuantizer, Prefix, QuantLinear
 from calib.quantizers import AffineSpec as Spec
 from calib.quantizers import qparams
+from tests import families
 
 W8, W8T, W6, W4G = (
     Spec(8),
@@ -172,6 +173,26 @@ def test_own_format_gives_the_model_back(case: str, tmp_path: Path) -> None:
         hf.set_mode(loaded, "packed")
     )  # sums in another order, so a code may flip, and this model is tiny
     assert float((packed - expected).abs().max()) <= 1e-2 * float(expected.max() - expected.min())
+
+
+STOCK = {"llama", "opt", "bloom", "bert", "gpt_neox", "qwen3", "gemma2", "phi3", "bart"}
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_comes_back_exactly(family: str, tmp_path: Path) -> None:
+    batch = families.batches(family)[0]
+    model: Any = families.build(family)
+    model.calib_rewrites = find_rewrites(model, batch)
+    apply_rewrites(model, model.calib_rewrites)
+    model = quantized(model, W8, STATIC)
+    expected = answer(model, batch)
+    checkpoint.save(model, None, tmp_path / "own", manifest={})
+    assert torch.equal(answer(calib.load(tmp_path / "own", mode="fake"), batch), expected)
+    assert (compressed.expressible(model) == []) == (family in STOCK)
+    if family in STOCK:
+        compressed.save(model, None, tmp_path / "stock", manifest={})
+        assert torch.equal(answer(calib.load(tmp_path / "stock", mode="fake"), batch), expected)
+        assert torch.equal(answer(type(model).from_pretrained(tmp_path / "stock"), batch), expected)
 
 
 def test_stock_from_pretrained_loads_it_packed_and_saves_it_again(tmp_path: Path) -> None:
