@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,8 @@ import typer
 from safetensors import SafetensorError
 
 import calib
-from calib.errors import CalibError, DataError, InputError, ModelError, NumericsError, OutputError
+from calib.errors import CalibError, DataError, ModelError, NumericsError, OutputError
+from calib.options import RecipeOptions, one_of, with_recipe_options
 from calib.recipe import METHODS, SCHEMES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,8 +40,6 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A name calib info lists, a folder, a .gguf file, a hub id.")
 ]
-SchemeName = Annotated[str, typer.Option("--scheme", help=f"Number formats: {', '.join(SCHEMES)}.")]
-Method = Annotated[str, typer.Option(help=f"Comma separated, in order: {', '.join(METHODS)}.")]
 Data = Annotated[
     str | None,
     typer.Option(help="Text to calibrate on: file, folder or hub id. Default: text that needs no network."),
@@ -48,21 +48,6 @@ Samples = Annotated[int, typer.Option(min=1, help="Calibration windows or senten
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
 Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows run at once.")]
-Prefix = Annotated[
-    str, typer.Option(help="Tokens kept before every input in float: auto, none, ids (1,2) or text.")
-]
-Sites = Annotated[
-    str, typer.Option(help="What may be transformed: exact, or some of norm,vo,updown,fc,fused.")
-]
-Exclude = Annotated[
-    list[str] | None, typer.Option(help="Regular expression on module names left in float; repeatable.")
-]
-WeightsRange = Annotated[str | None, typer.Option(help="Weight ranges: minmax, mse or percentile.")]
-ActsRange = Annotated[str | None, typer.Option(help="Static activation ranges: minmax, mse or percentile.")]
-Search = Annotated[str, typer.Option(help="Threshold search of os+: fast or exhaustive.")]
-Inputs = Annotated[
-    str, typer.Option(help="Calibrate a block on quantized or float outputs of those before it.")
-]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
 Dtype = Annotated[str, typer.Option(help=f"Floats to load in: {', '.join(DTYPES)}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -70,63 +55,40 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tabl
 
 
 @app.command()
+@with_recipe_options
 def quantize(
     model: Model,
     out: Annotated[str, typer.Option(help="Folder to write the checkpoint to.")],
-    scheme: SchemeName = "w8a8-static",
-    method: Method = "os+",
+    recipe: RecipeOptions,
     data: Data = None,
     samples: Samples = 128,
     seq_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens a window. Default: 512, or the model's limit.")
     ] = None,
-    seed: Seed = 0,
     batch_size: BatchSize = 8,
-    prefix: Prefix = "auto",
-    sites: Sites = "exact",
-    exclude: Exclude = None,
-    weights_range: WeightsRange = None,
-    acts_range: ActsRange = None,
-    search: Search = "fast",
-    inputs: Inputs = "quantized",
-    float_rows: Annotated[
-        float, typer.Option(help="Share of rows left out of static ranges and run in float.")
-    ] = 0.0,
-    format: Annotated[str, typer.Option(help="auto, calib or compressed-tensors.")] = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what the output folder holds.")
-    ] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")
-    ] = True,
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
     threads: Threads = None,
     dtype: Dtype = "float32",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Quantize a model and write a verified checkpoint."""
-    _set_up(threads)
+    _set_up(threads, quiet)
     result = calib.quantize(
         model,
-        scheme=scheme,
-        method=method,
         data=data,
         out=out,
         samples=samples,
         seq_len=seq_len,
         seed=seed,
         batch_size=batch_size,
-        prefix=_prefix(prefix, model),
-        sites=_sites(sites),
-        search=search,
-        inputs=inputs,
-        float_rows=float_rows,
-        format=_one_of("format", format, ("auto", "calib", "compressed-tensors")),  # type: ignore[arg-type]
         overwrite=overwrite,
         verified=verify,
         dtype=_dtype(dtype),
         progress=not quiet,
-        scheme_options=_scheme_options(exclude, weights_range, acts_range),
+        **recipe.arguments(model),
     )
     if not quiet:
         print(_text(result))
@@ -143,28 +105,13 @@ def quantize(
 
 
 @app.command()
+@with_recipe_options
 def plan(
-    model: Model,
-    scheme: SchemeName = "w8a8-static",
-    method: Method = "os+",
-    prefix: Prefix = "auto",
-    sites: Sites = "exact",
-    exclude: Exclude = None,
-    threads: Threads = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    model: Model, recipe: RecipeOptions, threads: Threads = None, as_json: Json = False, quiet: Quiet = False
 ) -> None:
     """Say what quantize would do to every linear, and why some stay out, without doing it."""
-    _set_up(threads)
-    found = calib.plan(
-        model,
-        scheme=scheme,
-        method=method,
-        prefix=_prefix(prefix, model),
-        sites=_sites(sites),
-        progress=not quiet,
-        scheme_options=_scheme_options(exclude, None, None),
-    )
+    _set_up(threads, quiet)
+    found = calib.plan(model, progress=not quiet, **recipe.arguments(model))
     if not quiet:
         print(found.table())
     if as_json:
@@ -174,19 +121,13 @@ def plan(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    data: Annotated[
-        str, typer.Option(help="Text file, or table of sentences and labels or of pairs and scores.")
-    ],
+    data: Annotated[str, typer.Option(help="Text file, or table of sentences and labels or of pairs and scores.")],
     task: Annotated[str, typer.Option(help="perplexity, classification or similarity.")] = "perplexity",
     windows: Annotated[int, typer.Option(min=1, help="Perplexity: windows from the start of the text.")] = 40,
     seq_len: SeqLen = 512,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 4 windows or 32 sentences.")] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="A second model to compare with, e.g. the float one.")
-    ] = None,
-    mode: Annotated[
-        str, typer.Option(help="packed: integer kernels; fake: the same grids in floats.")
-    ] = "packed",
+    reference: Annotated[str | None, typer.Option(help="A second model to compare with, e.g. the float one.")] = None,
+    mode: Annotated[str, typer.Option(help="packed: integer kernels; fake: the same grids in floats.")] = "packed",
     threads: Threads = None,
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -196,17 +137,15 @@ def evaluate(
     from calib.evaluate import Result, classification, perplexity, similarity
     from calib.export.load import load_pair
 
-    _set_up(threads)
-    _one_of("task", task, ("perplexity", "classification", "similarity"))
+    _set_up(threads, quiet)
+    one_of("task", task, ("perplexity", "classification", "similarity"))
     if not Path(data).exists():
         raise DataError(f"there is no file {data}", "check --data")
 
     def measure(name: str) -> Result:
         network, tokenizer = load_pair(name, mode, _dtype(dtype), progress=not quiet)  # type: ignore[arg-type]
         if tokenizer is None:
-            raise ModelError(
-                f"{name} has no tokenizer", "save it beside the model with tokenizer.save_pretrained"
-            )
+            raise ModelError(f"{name} has no tokenizer", "save it beside the model with tokenizer.save_pretrained")
         if task == "perplexity":
             return perplexity(network, tokenizer, data, windows, seq_len, batch_size or 4, progress=not quiet)
         kind = classification if task == "classification" else similarity
@@ -221,11 +160,7 @@ def evaluate(
         interval = f" (95 %: {result.ci95[0]:.4f} to {result.ci95[1]:.4f})" if result.ci95 else ""
         print(f"{result.metric} {result.value:.4f}{interval}, n = {result.n}, {result.seconds:.1f} s")
         if reference is not None:
-            print(
-                ", ".join(
-                    f"{k} {v if isinstance(v, str) else f'{v:.6g}'}" for k, v in answer["reference"].items()
-                )
-            )
+            print(", ".join(f"{k} {v if isinstance(v, str) else f'{v:.6g}'}" for k, v in answer["reference"].items()))
     if as_json:
         _print_json({**answer, "peak_rss_mib": _peak_rss_mib()})
 
@@ -233,9 +168,7 @@ def evaluate(
 def _against(result: Any, other: Any) -> dict[str, float]:
     compared = {"ratio": result.value / other.value} if other.value else {}
     if result.outputs is not None and other.outputs is not None:
-        name = {"perplexity": "loss_mse", "classification": "logits_mse", "similarity": "cosine_mse"}[
-            result.task
-        ]
+        name = {"perplexity": "loss_mse", "classification": "logits_mse", "similarity": "cosine_mse"}[result.task]
         compared[name] = float((result.outputs.double() - other.outputs.double()).square().mean())
     return compared
 
@@ -243,9 +176,7 @@ def _against(result: Any, other: Any) -> dict[str, float]:
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that calib quantize wrote.")],
-    tolerance: Annotated[
-        float | None, typer.Option(help="Largest difference allowed, of the logit range.")
-    ] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Largest difference allowed, of the logit range.")] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -312,45 +243,16 @@ def _text(result: calib.Result) -> str:
     return "\n".join([*lines, f"seconds: {stages}", f"peak memory: {_peak_rss_mib()} MiB"])
 
 
-def _prefix(text: str, model: str) -> str | tuple[int, ...]:
-    """auto, none, token ids, or text, which the model's tokenizer turns into ids."""
-    if text in ("auto", "none"):
-        return text
-    parts = text.split(",")
-    if all(part.strip().isdecimal() for part in parts):
-        return tuple(int(part) for part in parts)
-    tokenizer = calib.load_tokenizer(model)
-    if tokenizer is None:
-        raise InputError(
-            f"--prefix {text!r} is text and {model} has no tokenizer", "give token ids, e.g. --prefix 1"
-        )
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _sites(text: str) -> tuple[str, ...] | None:
-    return None if text == "exact" else tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _scheme_options(exclude: list[str] | None, weights: str | None, inputs: str | None) -> dict[str, Any]:
-    for name, rule in (("weights-range", weights), ("acts-range", inputs)):
-        _one_of(name, rule or "minmax", ("minmax", "mse", "percentile"))
-    return {"exclude": tuple(exclude or ()) or None, "weight_range": weights, "input_range": inputs}
-
-
-def _one_of(option: str, value: str, known: Sequence[str]) -> str:
-    if value not in known:
-        raise InputError(f"unknown {option} {value!r}", f"use {', '.join(known)}")
-    return value
-
-
 def _dtype(name: str) -> torch.dtype:
-    return DTYPES[_one_of("dtype", name, list(DTYPES))]
+    return DTYPES[one_of("dtype", name, list(DTYPES))]
 
 
-def _set_up(threads: int | None) -> None:
+def _set_up(threads: int | None, quiet: bool = False) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    if quiet:
+        warnings.simplefilter("ignore")
     if threads is not None:
         torch.set_num_threads(threads)
 
@@ -366,6 +268,19 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """One line a warning, without the source line that gave it."""
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, UserWarning):
+            print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+@contextlib.contextmanager
 def _known_causes() -> Iterator[None]:
     """What libraries raise for causes that a user can act on, as one line."""
     try:
@@ -373,9 +288,7 @@ def _known_causes() -> Iterator[None]:
     except SafetensorError as error:
         raise ModelError(f"a weight file is damaged ({error})", "download or export it again") from error
     except json.JSONDecodeError as error:
-        raise ModelError(
-            f"a config or manifest is not JSON ({error})", "download or export it again"
-        ) from error
+        raise ModelError(f"a config or manifest is not JSON ({error})", "download or export it again") from error
     except MemoryError as error:
         raise NumericsError("out of memory", "lower --batch-size, --samples or --seq-len") from error
     except OSError as error:
@@ -396,7 +309,7 @@ def _known_causes() -> Iterator[None]:
 def run(argv: Sequence[str]) -> int:
     """Run one command; returns its exit code."""
     try:
-        with _known_causes():
+        with _plain_warnings(), _known_causes():
             code = app(args=list(argv), prog_name="calib", standalone_mode=False)
         if code == INTERRUPTED:  # some versions of typer end Ctrl-C so
             raise KeyboardInterrupt

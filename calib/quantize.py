@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calib.data import TokenData, calibration_data, sequence_limit
 from calib.engine import Engine, PrefixBuilder, choose_prefix
-from calib.errors import CalibError, InputError, ModelError
+from calib.errors import CalibError, InputError, ModelError, NumericsError, OutputError
 from calib.evaluate import peak_rss_mib
 from calib.export import checkpoint, compressed
 from calib.export.files import check_out
+from calib.export.load import read_config
 from calib.export.verify import answer, reference_batch, verify
-from calib.model import Plan, check_runs, make_plan, small_batch
+from calib.methods import Hadamard, resolve
+from calib.model import Plan, check_runs, make_plan, small_batch, takes_rotation
 from calib.nn import QuantLinear, route_attention
 from calib.recipe import Recipe, Scheme
 from calib.recipe import recipe as make_recipe
@@ -32,7 +35,9 @@ PLAN_TOKENS = 64
 
 @dataclass
 class Result:
-    """A quantized model, still in memory. ``model`` computes in floats what the packed checkpoint computes in integers."""
+    """A quantized model, still in memory. ``model`` computes in floats what the packed checkpoint computes in
+    integers.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -45,13 +50,20 @@ class Result:
     peak_rss_mib: float | None = field(default=None)
 
     def save(
-        self, out: str | os.PathLike[str], format: Format = "auto", *, overwrite: bool = False, verified: bool = True
+        self,
+        out: str | os.PathLike[str],
+        format: Format = "auto",
+        *,
+        overwrite: bool = False,
+        verified: bool = True,
     ) -> Path:
-        """Write the checkpoint; ``auto`` takes compressed-tensors where it can express the model, else calib's own format.
+        """Write the checkpoint; ``auto`` is compressed-tensors where it can express the model, else calib's.
 
-        Ends with a reload in a fresh process whose logits must match (``verified``). Raises OutputError, VerifyError.
+        The folder is reloaded in a fresh process, whose logits must match (``verified``), before it takes its
+        place: what lies at ``out`` is finished. Raises OutputError, VerifyError.
         """
         start = time.perf_counter()
+        before = self.seconds.get("total", 0.0)
         reasons = compressed.expressible(self.model)
         chosen = format if format != "auto" else ("calib" if reasons else "compressed-tensors")
         if format == "auto" and reasons:
@@ -62,17 +74,29 @@ class Result:
         manifest = {
             "recipe": self.recipe.model_dump(mode="json"),
             "plan": self.plan.summary(),
-            "report": self.report,
-            "data": {"source": self.data.source, "fingerprint": self.data.fingerprint, "tokens": self.data.tokens},
+            "data": {
+                "source": self.data.source,
+                "fingerprint": self.data.fingerprint,
+                "tokens": self.data.tokens,
+            },
         }
         inputs = reference_batch(self.data[0])
         reference = answer(self.model, inputs)
-        self.out = writer.save(self.model, self.tokenizer, Path(out), manifest=manifest, overwrite=overwrite)
-        self.seconds["save"] = time.perf_counter() - start
-        if verified:
-            start = time.perf_counter()
-            self.report["verify"] = verify(self.out, reference, inputs).as_dict()
-            self.seconds["verify"] = time.perf_counter() - start
+        self.report.pop("verify", None)
+
+        def finish(stage: Path) -> dict[str, Any]:
+            written = time.perf_counter()
+            self.seconds["save"] = written - start
+            if verified:
+                self.report["verify"] = verify(stage, reference, inputs).as_dict()
+                self.seconds["verify"] = time.perf_counter() - written
+            self.seconds["total"] = before + time.perf_counter() - start
+            self.peak_rss_mib = peak_rss_mib()
+            return {"report": self.report, "seconds": self.seconds, "peak_rss_mib": self.peak_rss_mib}
+
+        self.out = writer.save(
+            self.model, self.tokenizer, Path(out), manifest=manifest, overwrite=overwrite, finish=finish
+        )
         return self.out
 
 
@@ -95,19 +119,23 @@ def quantize(
     """Quantize ``model`` (a name in the zoo, a folder, a hub id, or an nn.Module, which is changed in place).
 
     scheme: a preset name or Scheme; scheme_options change a preset (calib.recipe.scheme). method: ``"os+"``,
-    ``"os+,gptq"``, ``"hadamard,os+"``, ``"smoothquant:0.8"``, ``"rtn"``. data: file, folder, hub id, strings or token
-    dicts; None uses text that needs no network. options: fields of calib.recipe.Recipe (samples, seq_len, seed, sites,
-    prefix, search, shift, scale, inputs, float_rows, batch_size, damp).
+    ``"os+,gptq"``, ``"hadamard,os+"``, ``"smoothquant:0.8"``, ``"rtn"``. data: file, folder, hub id, strings
+    or token dicts; None uses text that needs no network. options: fields of calib.recipe.Recipe (samples,
+    seq_len, seed, sites, prefix, search, shift, scale, inputs, float_rows, batch_size, damp).
 
-    Raises InputError, DataError, ModelError, NumericsError, OutputError, VerifyError: one line each, cause and fix.
+    Raises InputError, DataError, ModelError, NumericsError, OutputError, VerifyError: one line each, cause
+    and fix.
     """
     seconds: dict[str, float] = {}
     started = time.perf_counter()
-    stock = format == "compressed-tensors"
-    recipe = make_recipe(make_scheme(scheme, **(scheme_options or {})), method, stock, **options)
+    recipe = _recipe(scheme, method, format, dtype, scheme_options, options)
     if out is not None:
+        _check_apart(out, model, data)
         check_out(out, overwrite=overwrite)
     network, tokenizer = _load(model, tokenizer, dtype, progress)
+    if out is not None:
+        checkpoint.require_transformers(network)
+    _check_finite(network)
     seconds["load"] = time.perf_counter() - started
 
     start = time.perf_counter()
@@ -115,10 +143,14 @@ def quantize(
     seconds["data"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    plan = _plan(network, recipe, tokens)
+    plan = _plan(network, recipe, tokens, format)
+    if out is not None:
+        check_out(out, overwrite=overwrite, needed_bytes=_stored_bytes(network, plan))
     batch = small_batch(tokens.batches, rows=2, tokens=256)
     prefix_tokens, why = choose_prefix(network, plan, recipe, batch, tokenizer)
     plan.notes += [why] if why else []
+    _check_prefix(network, prefix_tokens)
+    plan.prefix = prefix_tokens or None
     prefix = PrefixBuilder(network, prefix_tokens) if prefix_tokens else None
     if prefix is not None:
         prefix.placeholder().install(network)
@@ -141,10 +173,10 @@ def quantize(
         "notes": plan.notes,
     }
     result = Result(network, tokenizer, recipe, plan, report, seconds, tokens)
-    if out is not None:
-        result.save(out, format, overwrite=overwrite, verified=verified)
     seconds["total"] = time.perf_counter() - started
     result.peak_rss_mib = peak_rss_mib()
+    if out is not None:
+        result.save(out, format, overwrite=overwrite, verified=verified)
     return result
 
 
@@ -154,15 +186,38 @@ def plan(
     method: str = "os+",
     *,
     tokenizer: Any = None,
+    format: Format = "auto",
     progress: bool = True,
     scheme_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
-    """What ``quantize`` would do to each Linear, without collecting statistics; needs one forward of a few tokens."""
+    """What ``quantize`` would do to each Linear, without collecting statistics; needs one forward of a few
+    tokens.
+    """
     short = {**options, "samples": 2, "seq_len": 32}
-    recipe = make_recipe(make_scheme(scheme, **(scheme_options or {})), method, **short)
+    recipe = _recipe(scheme, method, format, torch.float32, scheme_options, short)
     network, tokenizer = _load(model, tokenizer, torch.float32, progress)
-    return _plan(network, recipe, _data(network, tokenizer, None, recipe))
+    _check_finite(network)
+    return _plan(network, recipe, _data(network, tokenizer, None, recipe), format)
+
+
+def _recipe(
+    scheme: str | Scheme,
+    method: str,
+    format: Format,
+    dtype: torch.dtype,
+    scheme_options: dict[str, Any] | None,
+    options: dict[str, Any],
+) -> Recipe:
+    """The recipe, refused here for all that is wrong with it by itself."""
+    if format not in get_args(Format):
+        raise InputError(f"unknown format {format!r}", f"use {', '.join(get_args(Format))}")
+    stock = format == "compressed-tensors"
+    recipe = make_recipe(make_scheme(scheme, **(scheme_options or {})), method, stock, **options)
+    resolve(recipe)  # the methods check their values
+    if stock and (reasons := compressed.refusals(recipe, dtype)):
+        raise InputError(f"compressed-tensors cannot express this: {'; '.join(reasons)}", "use --format calib, or auto")
+    return recipe
 
 
 def _load(model: Model, tokenizer: Any, dtype: torch.dtype, progress: bool) -> tuple[nn.Module, Any]:
@@ -174,39 +229,113 @@ def _load(model: Model, tokenizer: Any, dtype: torch.dtype, progress: bool) -> t
             parameter.requires_grad_(False)
         # nn.Module's own cast: transformers refuses it on a model that was dequantized from a GGUF file
         return nn.Module.to(model, dtype), tokenizer
-    from model_zoo.sources import load_model
+    from model_zoo import sources
 
-    network, found = load_model(model, dtype=dtype, progress=progress)
-    if getattr(network.config, "quantization_config", None) is not None and not hasattr(network, "hf_quantizer_gguf"):
-        method = _quant_method(network.config.quantization_config)
-        if method != "gguf":
-            raise InputError(f"{model} is quantized already ({method})", "start from the float model")
+    source = sources.resolve(model, progress=progress)
+    if source.gguf_file is None and (Path(source.path) / "config.json").is_file():  # known before it is loaded
+        _check_float(source.name, read_config(Path(source.path)).get("quantization_config"))
+    network, found = sources.load_model(source, dtype=dtype, progress=progress)
+    _check_float(source.name, getattr(network.config, "quantization_config", None))
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     return network, tokenizer if tokenizer is not None else found
 
 
-def _quant_method(config: Any) -> str:
+def _check_float(name: str, config: Any) -> None:
+    """Refuse what is quantized already; transformers turns a GGUF file's weights into floats."""
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    return str(getattr(method, "value", method))
+    method = getattr(method, "value", method)
+    if config is not None and method != "gguf":
+        raise InputError(f"{name} is quantized already ({method})", "start from the float model")
 
 
 def _data(model: nn.Module, tokenizer: Any, data: Any, recipe: Recipe) -> TokenData:
     """Windows of running text for generative models, padded sentences for encoders."""
     config = getattr(model, "config", None)
-    generative = bool(getattr(model, "can_generate", lambda: False)()) and not getattr(config, "is_encoder_decoder", False)
+    generative = bool(getattr(model, "can_generate", lambda: False)()) and not getattr(
+        config, "is_encoder_decoder", False
+    )
     limit = sequence_limit(config, tokenizer) if config is not None else None
     asked = "seq_len" in recipe.model_fields_set and generative  # only a length asked for may be too long
     length = recipe.seq_len if asked or limit is None else min(recipe.seq_len, limit)
     return calibration_data(
-        data, tokenizer, recipe.samples, length, recipe.seed, pack=generative, batch_size=recipe.batch_size, limit=limit
+        data,
+        tokenizer,
+        recipe.samples,
+        length,
+        recipe.seed,
+        pack=generative,
+        batch_size=recipe.batch_size,
+        limit=limit,
+        vocabulary=_vocabulary(model),
     )
 
 
-def _plan(model: nn.Module, recipe: Recipe, tokens: TokenData) -> Plan:
+def _plan(model: nn.Module, recipe: Recipe, tokens: TokenData, format: Format) -> Plan:
+    """The plan, with all that is known before calibration checked against the recipe."""
     batch = small_batch(tokens.batches, tokens=PLAN_TOKENS)
     check_runs(model, batch)
-    return make_plan(model, recipe, batch)
+    plan = make_plan(model, recipe, batch)
+    if format == "compressed-tensors" and (reasons := compressed.refusals(recipe, torch.float32, plan.rewrites)):
+        raise InputError(f"compressed-tensors cannot express this: {'; '.join(reasons)}", "use --format calib, or auto")
+    _check_rotation(plan, recipe)
+    return plan
+
+
+def _check_rotation(plan: Plan, recipe: Recipe) -> None:
+    """A Hadamard block that was asked for divides the width of every site it would rotate."""
+    given = dict(method.partition(":")[::2] for method in recipe.methods)
+    if not given.get("hadamard"):
+        return
+    rotation, planned = Hadamard(given["hadamard"]), set(plan.quantized())
+    for name, block in plan.blocks.items():
+        for site in filter(takes_rotation, block.sites):
+            if planned.issuperset(f"{name}.{path}" for path in site.consumers):
+                rotation.block_for(site.features)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many token ids the model knows; None where it does not say."""
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        count = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        return int(count)
+    return None
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NumericsError(f"weight {name} holds NaN or inf", "repair or download the checkpoint again")
+
+
+def _check_prefix(model: nn.Module, tokens: Sequence[int]) -> None:
+    size = _vocabulary(model)
+    for token in tokens:
+        if token < 0 or (size is not None and token >= size):
+            raise InputError(f"prefix token {token} is not in the model's vocabulary of {size}", "choose other tokens")
+
+
+def _check_apart(out: str | os.PathLike[str], *sources: object) -> None:
+    """The output must not take the place of what it is made from."""
+    target = Path(out).expanduser().resolve()
+    for source in sources:
+        if not isinstance(source, (str, os.PathLike)):
+            continue
+        with contextlib.suppress(OSError, ValueError):  # text, not a path
+            path = Path(source).expanduser().resolve()
+            if path.exists() and (path == target or target in path.parents):
+                raise OutputError(f"output folder {out} holds the input {source}", "choose another --out")
+
+
+def _stored_bytes(model: nn.Module, plan: Plan) -> int:
+    """About what the checkpoint will take on disk."""
+    owners = {id(parameter): parameter for parameter in model.parameters()}
+    total = sum(parameter.numel() * parameter.element_size() for parameter in owners.values())
+    for name in plan.quantized():
+        entry, weight = plan.entries[name], model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        total -= int(weight.numel() * (weight.element_size() - entry.bits / 8))
+    return total
 
 
 def _check_done(model: nn.Module, plan: Plan) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from calib.errors import InputError
 from calib.quantizers import AffineSpec
@@ -13,6 +13,7 @@ from calib.quantizers import AffineSpec
 SiteChoice = Literal["norm", "vo", "updown", "fc", "fused"]
 FOLDS: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
 METHODS = ("rtn", "smoothquant", "os+", "hadamard", "gptq")
+VALUED = ("smoothquant", "hadamard")  # methods that take a value, as in smoothquant:0.8
 
 
 class _Data(BaseModel):
@@ -82,21 +83,23 @@ class Recipe(_Data):
     scale: bool = True
     search: Literal["fast", "exhaustive"] = "fast"
     prefix: Literal["auto", "none"] | tuple[int, ...] = "auto"
-    float_rows: float = 0.0
+    float_rows: float = Field(0.0, ge=0, lt=1)
     inputs: Literal["quantized", "float"] = "quantized"
     samples: int = 128
     seq_len: int = 512
     batch_size: int = 8
     seed: int = 0
-    damp: float = 0.01
+    damp: float = Field(0.01, ge=0)
 
     @field_validator("methods")
     @classmethod
     def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
         for method in methods:
-            name = method.partition(":")[0]
+            name, colon, _ = method.partition(":")
             if name not in METHODS:
                 raise ValueError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
+            if colon and name not in VALUED:
+                raise ValueError(f"{name} takes no value, as in {method!r}; only {' and '.join(VALUED)} do")
         if not methods:
             raise ValueError(f"no method given; choose from {', '.join(METHODS)}")
         return methods
@@ -133,6 +136,8 @@ def scheme(name: str | Scheme, **changes: object) -> Scheme:
             raise InputError(f"{key} given, but scheme {base.name} leaves activations in float", "choose w8a8 or the like")
         else:
             inputs = _changed(inputs, field, value)
+    if "input_range" in changes and changes["input_range"] is not None and inputs is not None and inputs.dynamic:
+        raise InputError(f"a range rule is given and {base.name}'s activations are dynamic", "choose w8a8-static or the like")
     update: dict[str, object] = {"weights": weights, "inputs": inputs}
     for key, target in (("attention_bits", "attention"), ("kv_bits", "kv")):
         if bits := given.pop(key, None):
@@ -151,7 +156,12 @@ def scheme(name: str | Scheme, **changes: object) -> Scheme:
     return result
 
 
+CHOICES = {"granularity": ("tensor", "channel", "token"), "range": ("minmax", "mse", "percentile")}
+
+
 def _changed(spec: AffineSpec, field: str, value: object) -> AffineSpec:
+    if field in CHOICES and value not in CHOICES[field]:
+        raise InputError(f"unknown {field} {value!r}", f"use {', '.join(CHOICES[field])}")
     if field == "group":
         if not value:
             return spec.with_(granularity="channel", group_size=None)
@@ -174,6 +184,8 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
         raise InputError("a stock format holds neither fused transforms nor a prefix", "use --format calib")
     if stock:
         given["prefix"] = "none"
+    if given.get("float_rows") and not scheme.static:
+        raise InputError("rows beyond the static range run in float, and this scheme has no static range", "choose w8a8-static or the like")
     methods = tuple(part.strip() for part in method.split(",") if part.strip())
     try:
         return Recipe(scheme=scheme, methods=methods, **given)  # type: ignore[arg-type]

@@ -142,9 +142,7 @@ def _inside(folder: Path, target: str) -> Path:
     relative = PurePosixPath(target)
     strange = any(mark in target for mark in "\\:")
     if strange or relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        raise ModelError(
-            f"refusing to write {target!r} outside the model folder", "use a path below the folder"
-        )
+        raise ModelError(f"refusing to write {target!r} outside the model folder", "use a path below the folder")
     return folder.joinpath(*relative.parts)
 
 

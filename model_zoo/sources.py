@@ -157,7 +157,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # refused below, by name
             **options,
         )
-        tokenizer = _load_tokenizer(found, trust_remote_code)
+        tokenizer = load_tokenizer(found, trust_remote_code)
     # A pooler that the checkpoint never had is harmless: nothing here reads it.
     drawn = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if drawn or info["mismatched_keys"]:
@@ -234,14 +234,23 @@ def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
     )
 
 
-def _load_tokenizer(found: ResolvedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(found: ResolvedModel, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a resolved model; None for a folder without one. Raises ModelError where it is damaged."""
     from transformers import AutoTokenizer
 
     if found.gguf_file:
         return AutoTokenizer.from_pretrained(found.path, gguf_file=found.gguf_file)
     if found.origin != "hub" and not any((Path(found.path) / file).is_file() for file in _TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(found.path, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(found.path, trust_remote_code=trust_remote_code)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # the tokenizers package raises nothing more special
+        if "trust_remote_code" in str(error):
+            raise
+        cause = f"the tokenizer of {found.name} is damaged ({_first_line(error)})"
+        raise ModelError(cause, _SAVE_AGAIN) from error
 
 
 @contextmanager

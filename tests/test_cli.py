@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import calib
-from calib import cli
+from calib import cli, recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,9 +78,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "quantize" in capsys.readouterr().out
 
 
-def test_the_main_job_end_to_end(
-    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_main_job_end_to_end(tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert quantize(tiny, out, "--scheme", "w8a8", "--data", str(text), "--json", "--quiet") == 0
     result = last_json(capsys.readouterr().out)
@@ -101,6 +99,97 @@ def test_the_main_job_end_to_end(
 
     assert cli.run(["verify", str(out), "--json"]) == 0
     assert last_json(capsys.readouterr().out)["max_difference"] <= 1e-3
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "": {"sites": None, "shift": "auto", "scale": True, "damp": 0.01, "format": "auto", "prefix": "auto"},
+    "--sites auto": {"sites": None},
+    "--sites exact": {"sites": ("norm", "vo", "updown", "fc")},
+    "--sites all": {"sites": ("norm", "vo", "updown", "fc", "fused")},
+    "--sites norm,fc": {"sites": ("norm", "fc")},
+    "--shift on --scale off": {"shift": True, "scale": False},
+    "--shift off --damp 0.1": {"shift": False, "damp": 0.1},
+    "--prefix 1,2": {"prefix": (1, 2)},
+    "--prefix none": {"prefix": "none"},
+    "--search exhaustive --inputs float": {"search": "exhaustive", "inputs": "float"},
+    "--float-rows 0.01 --format calib": {"float_rows": 0.01, "format": "calib"},
+    "--method os+,gptq --scheme w4a8": {"method": "os+,gptq", "scheme": "w4a8"},
+}
+SCHEME_OPTIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "--weights-group 64": {"weight_group": 64},
+    "--weights-group 0": {"weight_group": 0},
+    "--weights-symmetric": {"weight_symmetric": True},
+    "--weights-asymmetric": {"weight_symmetric": False},
+    "--acts-symmetric": {"input_symmetric": True},
+    "--acts-asymmetric": {"input_symmetric": False},
+    "--acts-granularity tensor": {"input_granularity": "tensor"},
+    "--kv-bits 8": {"kv_bits": 8},
+    "--attention-bits 6": {"attention_bits": 6},
+    "--weights-range mse --acts-range percentile": {"weight_range": "mse", "input_range": "percentile"},
+    "--exclude a --exclude b": {"exclude": ("a", "b")},
+}
+
+
+class Asked(Exception):
+    """Carries what a command asked of calib."""
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: Any, **arguments: Any) -> None:
+        raise Asked(arguments)
+
+    monkeypatch.setattr(calib, "quantize", ask)
+    monkeypatch.setattr(calib, "plan", ask)
+
+
+def arguments_of(command: str, options: str) -> dict[str, Any]:
+    out = ["--out", "out"] if command == "quantize" else []
+    with pytest.raises(Asked) as caught:
+        cli.run([command, "model", *out, *options.split()])
+    arguments = caught.value.args[0]
+    assert isinstance(arguments, dict)
+    return arguments
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+@pytest.mark.usefixtures("asked")
+def test_options_reach_the_recipe(command: str) -> None:
+    for options, wanted in OPTIONS.items():
+        arguments = arguments_of(command, options)
+        assert {key: arguments[key] for key in wanted} == wanted, options
+    for options, wanted in SCHEME_OPTIONS.items():
+        arguments = arguments_of(command, options)
+        given = {k: v for k, v in arguments["scheme_options"].items() if v is not None}
+        assert given == wanted, options
+        scheme = recipe.scheme("w8a8-static", **arguments["scheme_options"])
+        assert (scheme == recipe.SCHEMES["w8a8-static"]) == (options in NEUTRAL), options
+
+
+NEUTRAL = ("", "--weights-group 0", "--weights-symmetric", "--acts-asymmetric", "--acts-granularity tensor")
+
+
+def test_every_option_of_scheme_and_recipe_is_on_the_command_line() -> None:
+    from calib.options import RecipeOptions
+
+    arguments = RecipeOptions().arguments("model")
+    own = {"samples", "seq_len", "batch_size", "seed"}  # of quantize alone
+    assert set(recipe.Recipe.model_fields) - own - {"scheme", "methods"} <= arguments.keys()
+    bits = {"weight_bits", "input_bits"}  # in the scheme's name
+    documented = set(re.findall(r"``(\w+)``", recipe.scheme.__doc__ or ""))
+    assert documented - bits == arguments["scheme_options"].keys()
+
+
+def test_options_end_to_end(tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    options = "--scheme w4a8 --weights-group 16 --weights-asymmetric --acts-symmetric --kv-bits 8 --no-verify"
+    assert quantize(tiny, out, "--data", str(text), *options.split()) == 0
+    made = json.loads((out / "calib.json").read_text())["recipe"]["scheme"]
+    assert made["weights"]["group_size"] == 16 and not made["weights"]["symmetric"]
+    assert made["inputs"]["symmetric"] and made["kv"]["bits"] == 8
+    assert calib.load(out, mode="fake")
+    assert "written to" in capsys.readouterr().out
 
 
 def test_plan_writes_nothing(
@@ -142,7 +231,7 @@ FAILURES = {
     "rule that is no expression": ("quantize {tiny} --out {out} --exclude ( --samples 2", 2, "regular"),
     "missing data": ("quantize {tiny} --out {out} --data {out}/none.txt", 4, "none.txt"),
     "empty data": ("quantize {tiny} --out {out} --data {empty}", 4, "empty"),
-    "output is another folder": ("quantize {tiny} --out {tiny}", 6, "--overwrite"),
+    "output is the model": ("quantize {tiny} --out {tiny} --overwrite", 6, "holds the input"),
     "read-only output": ("quantize {tiny} --out /proc/nobody/out", 6, "cannot write"),
     "windows beyond the model": ("quantize {tiny} --out {out} --seq-len 512", 2, "128"),
     "eval without data": ("eval {tiny} --data nowhere.txt", 4, "nowhere.txt"),
@@ -153,9 +242,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_a_failure_is_one_line(
-    case: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failure_is_one_line(case: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command, code, word = FAILURES[case]
     (tmp_path / "empty.txt").write_text("")
     names = {"tiny": str(tiny), "out": str(tmp_path / "out"), "empty": str(tmp_path / "empty.txt")}
@@ -194,9 +281,7 @@ def test_importing_calib_imports_no_optional_backend() -> None:
     optional = "matplotlib, lm_eval, onnx, onnxruntime, torchao, gptqmodel"
     code = f"import calib, sys; print([n for n in {optional.split(', ')} if n in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    child = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert child.stdout.strip() == "[]"
 
 

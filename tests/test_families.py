@@ -87,7 +87,7 @@ def test_a_wrong_site_is_refused_and_undone(family: str) -> None:
 
 def test_gelu_paths_are_proposed_and_named_as_refused() -> None:
     model, batch = build("gpt2"), batches("gpt2", 1)[0]
-    plan = make_plan(model, recipe(scheme("w8a8-static"), "os+"), batch)
+    plan = make_plan(model, recipe(scheme("w8a8-static"), "os+", stock=True), batch)
     entry = plan.entries["transformer.h.0.mlp.c_proj"]
     assert entry.status == "quantized"
     assert "changes the block's output" in entry.reason
@@ -176,3 +176,19 @@ def test_saved_and_reloaded(family: str, tmp_path) -> None:  # type: ignore[no-u
     spread = float(want.max() - want.min())
     assert float((logits(packed, data[0]) - want).abs().max()) <= 2e-2 * spread
     assert not any(isinstance(m, nn.Linear) and n in result.plan.quantized() for n, m in packed.named_modules())
+
+
+@pytest.mark.parametrize("options", [{"kv_bits": 8}, {"attention_bits": 8}])
+def test_quantized_attention_is_saved_and_reloaded(options: dict[str, int], tmp_path) -> None:  # type: ignore[no-untyped-def]
+    data = batches("llama")
+    plain = calib.quantize(build("llama"), "w8a8", "os+", data, progress=False)
+    result = calib.quantize(build("llama"), "w8a8", "os+", data, progress=False, scheme_options=options)
+    want = logits(result.model, data[0])
+    assert not torch.equal(want, logits(plain.model, data[0])), "the option must do something"
+    result.save(tmp_path / "out", verified=False)
+    assert_same(logits(calib.load(tmp_path / "out", mode="fake"), data[0]), want)
+
+
+def test_attention_that_cannot_be_quantized_is_refused() -> None:
+    with pytest.raises(calib.InputError, match="attention of BloomForCausalLM"):
+        calib.quantize(build("bloom"), "w8a8", "os+", batches("bloom"), progress=False, scheme_options={"kv_bits": 8})

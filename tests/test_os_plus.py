@@ -62,7 +62,7 @@ def brute_force(x: Tensor, w: Tensor, bits: int, lower: float = 1.0) -> tuple[Te
 def view(x: Tensor, w: Tensor, inputs: AffineSpec, weights: AffineSpec, **can: bool) -> SiteView:
     lo, hi = x.amin(0), x.amax(0)
 
-    def objective(shift: Tensor | None):  # type: ignore[no-untyped-def]
+    def objective(shift: Tensor | None, hadamard: int = 1):  # type: ignore[no-untyped-def]
         z = torch.zeros_like(lo) if shift is None else shift
         loss = LinearObjective(x - z, w, lo - z, hi - z, inputs, weights)
         return loss, loss

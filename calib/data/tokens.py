@@ -64,6 +64,7 @@ def calibration_data(
     pack: bool = True,
     batch_size: int = 8,
     limit: int | None = None,
+    vocabulary: int | None = None,
     column: str | None = None,
 ) -> TokenData:
     """`samples` rows of at most `seq_len` tokens from `data`, the same for the same arguments.
@@ -79,7 +80,8 @@ def calibration_data(
     in its batch; rows are a seeded sample in given order. Fewer rows than `samples` are a warning, none
     is an error.
 
-    `limit` is the longest sequence of the model (`sequence_limit`; default: what the tokenizer says).
+    `limit` is the longest sequence of the model (`sequence_limit`; default: what the tokenizer says),
+    `vocabulary` the number of token ids it knows (default: unchecked).
     Raises InputError for lengths that do not fit, DataError for data that is missing, empty, binary or
     too short.
     """
@@ -87,7 +89,7 @@ def calibration_data(
     _check_counts(samples, seq_len, batch_size, limit)
     source, documents = _load(data, pack, samples, seq_len, column)
     if not isinstance(documents, list):
-        return _describe(source, _as_batches(documents, samples, limit))
+        return _describe(source, _as_batches(documents, samples, limit), vocabulary)
     if tokenizer is None:
         raise DataError("the model has no tokenizer", "give token dicts with input_ids as data")
     generator = torch.Generator().manual_seed(seed)
@@ -100,7 +102,7 @@ def calibration_data(
         rows = encode_rows(tokenizer, documents, seq_len)
     if len(rows) < samples:
         warnings.warn(f"{source} gives {len(rows)} of {samples} rows of {seq_len} tokens", stacklevel=2)
-    return _describe(source, batch_rows(rows, tokenizer, batch_size))
+    return _describe(source, batch_rows(rows, tokenizer, batch_size), vocabulary)
 
 
 def sequence_limit(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
@@ -119,9 +121,7 @@ def sequence_limit(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> in
     return positions
 
 
-def encode_rows(
-    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], max_len: int
-) -> list[list[int]]:
+def encode_rows(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], max_len: int) -> list[list[int]]:
     """Token ids of each sentence with its special tokens, truncated to `max_len`."""
     encoded = tokenizer(list(sentences), truncation=True, max_length=max_len, padding=False)
     rows: list[list[int]] = encoded["input_ids"]
@@ -130,9 +130,7 @@ def encode_rows(
     return rows
 
 
-def batch_rows(
-    rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, batch_size: int
-) -> Iterator[Batch]:
+def batch_rows(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Iterator[Batch]:
     """Batches of `rows` in order, right-padded to the longest of each batch."""
     # A tokenizer without a padding token pads with a real one: the mask hides it.
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -179,9 +177,7 @@ def _is_path(name: str) -> bool:
     return marks or not name or Path(name).suffix in SUFFIXES or Path(name).exists()
 
 
-def _load_iterable(
-    items: Iterator[Any], chars: int, column: str | None
-) -> tuple[str, list[str] | Iterator[Any]]:
+def _load_iterable(items: Iterator[Any], chars: int, column: str | None) -> tuple[str, list[str] | Iterator[Any]]:
     source = "given data"
     documents: list[str] = []
     held = 0
@@ -245,9 +241,7 @@ def _thin(text: str, samples: int, seq_len: int, generator: torch.Generator) -> 
     stretch, length = len(text) // samples, _CHARS_PER_TOKEN * seq_len // 2
     draw = torch.rand(samples, generator=generator, dtype=torch.float64).tolist()
     starts = [int(stretch * index + part * (stretch - length)) for index, part in enumerate(draw)]
-    excerpts = (
-        text[start : start + length].partition(" ")[2] or text[start : start + length] for start in starts
-    )
+    excerpts = (text[start : start + length].partition(" ")[2] or text[start : start + length] for start in starts)
     return "\n\n".join(excerpts)
 
 
@@ -273,9 +267,7 @@ def _as_batch(item: Any, number: int) -> Batch:
     try:
         tensors = {key: torch.as_tensor(value) for key, value in item.items() if key != "labels"}
     except (ValueError, TypeError, RuntimeError) as error:
-        raise DataError(
-            f"item {number} of the data is no tensor: {error}", "give rows of equal length"
-        ) from error
+        raise DataError(f"item {number} of the data is no tensor: {error}", "give rows of equal length") from error
     ids = tensors["input_ids"]
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2) or ids.numel() == 0:
         shape = f"{ids.dtype} {list(ids.shape)}"
@@ -296,8 +288,12 @@ def _as_batch(item: Any, number: int) -> Batch:
     return batch
 
 
-def _describe(source: str, batches: Iterable[Batch]) -> TokenData:
+def _describe(source: str, batches: Iterable[Batch], vocabulary: int | None) -> TokenData:
     held = tuple(batches)
+    largest = max((int(batch[key].max()) for batch in held for key in batch if key.endswith("input_ids")), default=0)
+    if vocabulary is not None and largest >= vocabulary:
+        cause = f"{source} holds token id {largest}, and the model's vocabulary has {vocabulary} entries"
+        raise DataError(cause, "use the tokenizer that belongs to the model")
     digest = hashlib.sha256()
     rows = tokens = 0
     for batch in held:

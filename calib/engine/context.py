@@ -88,14 +88,15 @@ class ContextObjective:
                     return seen[id(x)]
 
                 for consumer in self.consumers:
-                    weight, bias = consumer.weight, consumer.bias
-                    assert isinstance(weight, Tensor)
+                    assert isinstance(consumer, nn.Linear)
+                    weight: Tensor = consumer.weight
+                    bias: Tensor | None = consumer.bias
                     if shift is not None:
                         added = weight @ shift
                         bias = added if bias is None else bias + added
                     deployed = quantize_weight(weight * scale, weights)
                     forward = lambda x, w=deployed, b=bias: F.linear(quantized(x), w, b)  # noqa: E731
-                    consumer.forward = forward
+                    consumer.forward = forward  # type: ignore[method-assign]
                     undo.callback(delattr, consumer, "forward")
                 total = count = 0.0
                 for got, want, mask in zip(self._outputs(), target, self.masks, strict=True):

@@ -34,7 +34,8 @@ class PrefixBuilder:
         cache = DynamicCache()
         names = [name for name in ("layer_past", "past_key_values") if name in call.kwargs] or ["past_key_values"]
         out = replace(call, kwargs={**call.kwargs, names[0]: cache}).run(block, hidden)
-        self.keys[layer], self.values[layer] = cache.layers[layer].keys, cache.layers[layer].values
+        written: Any = cache.layers[layer]
+        self.keys[layer], self.values[layer] = written.keys, written.values
         return out
 
     def placeholder(self) -> Prefix:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from calib.engine.context import ContextObjective
 from calib.errors import NumericsError
-from calib.methods import SiteView
-from calib.model import Site, target_of
-from calib.nn import ActivationQuantizer
+from calib.methods import ShiftScale, SiteView
+from calib.methods.base import Loss
+from calib.model import Site, takes_rotation, target_of
+from calib.nn import ActivationQuantizer, block_hadamard
 from calib.observers import Moments, Quantile, Range, RowSample, rows_of
 from calib.quantizers import AffineSpec, qparams, tensor_range
 from calib.recipe import Recipe
@@ -36,6 +38,7 @@ class SiteState:
         self.moments = [Moments(n, gram) for _ in site.groups]
         self.needs_moments = gram or recipe.scheme.weights.range == "mse"
         self.tokens = [0] * len(site.groups)
+        self.transformed = False
         self.detail: dict[str, Any] = {}
 
     def observe(self, group: int, x: Tensor, mask: Tensor | None) -> None:
@@ -67,22 +70,21 @@ class SiteState:
         """What site methods see. probes: the site's context objective on few and on many tokens, where it has one."""
         consumers = self.target.consumers
         fused = "fused" in self.recipe.sites and self.whole
-        foldable = self.target.producer is not None and self.site.kind in self.recipe.sites
-        takes_shift = foldable and self.target.producer is not None and self._shiftable()
         weight = torch.cat([c.weight for c in consumers]).detach()
         lo, hi = self.target.tie(self.range.lo, "amin"), self.target.tie(self.range.hi, "amax")
         scheme = self.recipe.scheme
 
-        def objective(shift: Tensor | None) -> tuple[Callable[[Tensor], float], Callable[[Tensor], float]]:
+        def objective(shift: Tensor | None, hadamard: int) -> tuple[Loss, Loss]:
             low, high = (lo, hi) if shift is None else (lo - shift, hi - shift)
-            if probes:
+            rotate = functools.partial(block_hadamard, block=hadamard) if hadamard > 1 else None
+            if probes and rotate is None:
                 few, many = (probe.prepare(shift, low, high, scheme.inputs, scheme.weights) for probe in probes)
                 return few, many
             rows = self.sample.rows if shift is None else self.sample.rows - shift
             inputs = scheme.inputs
             return (
-                LinearObjective(rows[:RANK_ROWS], weight, low, high, inputs, scheme.weights),
-                LinearObjective(rows, weight, low, high, inputs, scheme.weights),
+                LinearObjective(rows[:RANK_ROWS], weight, low, high, inputs, scheme.weights, rotate),
+                LinearObjective(rows, weight, low, high, inputs, scheme.weights, rotate),
             )
 
         return SiteView(
@@ -91,27 +93,48 @@ class SiteState:
             lo,
             hi,
             weight.abs().amax(0),
-            can_shift=takes_shift or fused,
-            can_scale=foldable or fused,
+            can_shift=self.takes_shift or fused,
+            can_scale=self.foldable or fused,
             objective=objective,
+            can_rotate=takes_rotation(self.site) and self.whole,
         )
 
-    def _shiftable(self) -> bool:
-        producer, site = self.target.producer, self.site.producer
-        assert producer is not None and site is not None
-        if not site.shift:
-            return False
-        probabilities_round = self.site.kind == "vo" and self.recipe.scheme.attention is not None
-        return (producer.takes_shift or producer.offset is None) and not probabilities_round
+    @property
+    def foldable(self) -> bool:
+        """True where a producer absorbs a scale and the recipe lets it."""
+        return self.target.producer is not None and self.site.kind in self.recipe.sites
 
-    def moved(self, shift: Tensor | None, scale: Tensor | None) -> None:
-        """Carry the statistics through (x - z) / s; nothing is collected again."""
+    @property
+    def takes_shift(self) -> bool:
+        """True where the producer absorbs a shift too: quantized probabilities no longer sum to one, so v -> o may not."""
+        producer, site = self.target.producer, self.site.producer
+        if not self.foldable or producer is None or site is None or not site.shift:
+            return False
+        rounds = self.site.kind == "vo" and self.recipe.scheme.attention is not None
+        return (producer.takes_shift or producer.offset is None) and not rounds
+
+    def moved(self, found: ShiftScale) -> None:
+        """Carry the statistics through a transform that was kept; nothing is collected again."""
+        self.transformed = True
+        shift, scale = found.shift, found.scale
         z = 0.0 if shift is None else shift
         s = 1.0 if scale is None else scale
         self.range.lo, self.range.hi = (self.range.lo - z) / s, (self.range.hi - z) / s
         self.sample.rows = (self.sample.rows - z) / s
         for moments in self.moments:
             moments.transform(shift, scale)
+        if found.hadamard > 1:
+            self._rotated(found.hadamard)
+
+    def _rotated(self, block: int) -> None:
+        """Carry the statistics through a block Hadamard. The extremes are those of the sample, widened by what the
+        sample missed of the unrotated ones."""
+        missed = self.range.absmax.amax() / self.sample.rows.abs().amax().clamp(min=1e-30)
+        self.sample.rows = block_hadamard(self.sample.rows, block)
+        lo, hi = torch.aminmax(self.sample.rows, dim=0)
+        self.range.lo, self.range.hi = lo * missed, hi * missed
+        for moments in self.moments:
+            moments.rotate(functools.partial(block_hadamard, block=block))
 
     def quantizer(self, spec: AffineSpec | None) -> ActivationQuantizer:
         """The consumers' input quantizer: the fused part of the transform and the chosen static range."""

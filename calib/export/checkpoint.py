@@ -14,20 +14,27 @@ from transformers import PreTrainedModel
 
 from calib.errors import OutputError
 from calib.export import hf
-from calib.export.files import MANIFEST, nbytes, staged, write_json, write_tensors
+from calib.export.files import MANIFEST, Finish, finished, nbytes, staged, write_json, write_tensors
 
 FORMAT = "calib"
 
 
 def save(
-    model: nn.Module, tokenizer: Any, out: str | Path, *, manifest: Mapping[str, Any], overwrite: bool = False
+    model: nn.Module,
+    tokenizer: Any,
+    out: str | Path,
+    *,
+    manifest: Mapping[str, Any],
+    overwrite: bool = False,
+    finish: Finish | None = None,
 ) -> Path:
     """Write a quantized model to the folder ``out``, complete or not at all; returns its path.
 
     config.json, model.safetensors (sharded past 5 GB, tied weights once, every tensor in its own dtype),
     tokenizer, generation config, and ``calib.json``: the manifest with versions and the sha256 of the weight
-    files. Raises OutputError for a folder that cannot or must not be written, or a model that this format
-    cannot hold.
+    files. finish: called with the complete folder before it takes the place of ``out``, to verify it; what
+    it returns goes into the manifest. Raises OutputError for a folder that cannot or must not be written, or
+    a model that this format cannot hold.
     """
     stock = require_transformers(model)
     quantization, config = describe(stock)
@@ -35,6 +42,7 @@ def save(
     with staged(out, overwrite=overwrite, needed_bytes=nbytes(tensors)) as stage:
         config.quantization_config = quantization.to_dict()
         write_folder(stage, stock, config, tokenizer, tensors, {**manifest, "format": FORMAT})
+        finished(stage, out, finish)
     return Path(out).expanduser().absolute()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,15 @@ from transformers import PreTrainedModel
 from calib.errors import OutputError
 from calib.export import hf
 from calib.export.checkpoint import plain_config, require_transformers, state, stock_on_meta, write_folder
-from calib.export.files import nbytes, staged
+from calib.export.files import Finish, finished, nbytes, staged
 from calib.nn import Prefix, QuantLinear
 from calib.quantizers import AffineSpec, pack
+from calib.recipe import Recipe
 
 FORMAT = "compressed-tensors"
+ATTENTION = "attention matmuls or the key-value cache are quantized dynamically"
+HADAMARD = "an online Hadamard precedes a linear"
+FLOAT_ROWS = "rows beyond the static range are computed in float"
 
 
 def expressible(model: nn.Module) -> list[str]:
@@ -34,9 +38,9 @@ def expressible(model: nn.Module) -> list[str]:
     reasons: dict[str, str] = {}  # reason -> first module
     if isinstance(getattr(model, "calib_prefix", None), Prefix):
         reasons["a prefix is kept in float keys and values"] = ""
-    for rewrite in getattr(model, "calib_rewrites", ()):
-        kind = "a transposed Conv1D" if rewrite["kind"] == "conv1d" else "a bare parameter"
-        reasons.setdefault(f"{kind} was turned into a linear", rewrite["name"])
+    if any(hasattr(module, "calib_attention") for module in model.modules()):
+        reasons[ATTENTION] = ""
+    reasons |= dict.fromkeys(_rewrite_reasons(getattr(model, "calib_rewrites", ())), "")
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     if not quantized:
         reasons["no linear is quantized"] = ""
@@ -58,28 +62,62 @@ def expressible(model: nn.Module) -> list[str]:
     return [f"{reason} ({name})" if name else reason for reason, name in reasons.items()]
 
 
+def refusals(recipe: Recipe, dtype: torch.dtype, rewrites: Sequence[Mapping[str, str]] = ()) -> list[str]:
+    """What `expressible` will object to that is known before calibration: from the recipe, and from the
+    plan's rewrites. Biases that a class lacks, and inputs that are not [batch, tokens, channels], show later.
+    """
+    scheme = recipe.scheme
+    reasons = _format_reasons(scheme.weights, scheme.inputs)
+    if recipe.float_rows:
+        reasons.append(FLOAT_ROWS)
+    if scheme.attention is not None or scheme.kv is not None:
+        reasons.append(ATTENTION)
+    if any(method.partition(":")[0] == "hadamard" for method in recipe.methods):
+        reasons.append(HADAMARD)
+    if dtype not in (torch.float32, torch.float64):
+        reasons.append(_rounded_scales(dtype))
+    return [*reasons, *_rewrite_reasons(rewrites)]
+
+
+def _rewrite_reasons(rewrites: Sequence[Mapping[str, str]]) -> list[str]:
+    """One reason a kind, with the first module."""
+    kinds = {"conv1d": "a transposed Conv1D", "parameter": "a bare parameter"}
+    first = {rewrite["kind"]: rewrite["name"] for rewrite in reversed(rewrites)}
+    return [f"{kinds[kind]} was turned into a linear ({name})" for kind, name in first.items()]
+
+
+def _rounded_scales(dtype: torch.dtype) -> str:
+    return f"scales would be rounded to the model's {str(dtype).removeprefix('torch.')}"
+
+
 def _module_reasons(module: QuantLinear, dtype: torch.dtype) -> list[str]:
-    quantizer, spec = module.input, module.input.spec
-    reasons = []
+    quantizer = module.input
+    reasons = _format_reasons(module.weight_spec, quantizer.spec)
     if quantizer.shift is not None or quantizer.rescale is not None:
         reasons.append("a shift or scale is fused into an activation quantizer")
     if quantizer.hadamard > 1:
-        reasons.append("an online Hadamard precedes a linear")
+        reasons.append(HADAMARD)
+    if quantizer.float_rows:
+        reasons.append(FLOAT_ROWS)
+    scales = [module.weight_scale, *([quantizer.scale] if quantizer.scale is not None else [])]
+    if any(not torch.equal(s.to(dtype).float(), s) for s in scales):
+        reasons.append(_rounded_scales(dtype))
+    return reasons
+
+
+def _format_reasons(weights: AffineSpec, spec: AffineSpec | None) -> list[str]:
+    """Why it cannot hold these weight and input formats."""
+    reasons = []
     if spec is None:
-        if not module.weight_spec.symmetric and module.weight_spec.granularity != "tensor":
+        if not weights.symmetric and weights.granularity != "tensor":
             # transformers 5.23 expects unpacked what compressed-tensors 0.20 packs: its own files fail too
             reasons.append("zero points of packed weights, which transformers does not load")
-    elif quantizer.float_rows:
-        reasons.append("rows beyond the static range are computed in float")
     elif spec.symmetric and not _full_range(spec):
         reasons.append("symmetric activations on calib's narrow grid (its own uses the lowest code too)")
     elif spec.dynamic and spec.granularity not in ("token", "tensor"):
         reasons.append(f"dynamic activation ranges per {spec.granularity}")
     elif not spec.dynamic and spec.granularity != "tensor":
         reasons.append(f"static activation ranges per {spec.granularity}")
-    scales = [module.weight_scale, *([quantizer.scale] if quantizer.scale is not None else [])]
-    if any(not torch.equal(s.to(dtype).float(), s) for s in scales):
-        reasons.append(f"scales would be rounded to the model's {str(dtype).removeprefix('torch.')}")
     return reasons
 
 
@@ -109,7 +147,13 @@ def _input_dims(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dic
 
 
 def save(
-    model: nn.Module, tokenizer: Any, out: str | Path, *, manifest: Mapping[str, Any], overwrite: bool = False
+    model: nn.Module,
+    tokenizer: Any,
+    out: str | Path,
+    *,
+    manifest: Mapping[str, Any],
+    overwrite: bool = False,
+    finish: Finish | None = None,
 ) -> Path:
     """Write a stock transformers folder in compressed-tensors format, as safely as checkpoint.save.
 
@@ -128,6 +172,7 @@ def save(
     config.quantization_config = _quantization_config(model)
     with staged(out, overwrite=overwrite, needed_bytes=nbytes(tensors)) as stage:
         write_folder(stage, model, config, tokenizer, tensors, {**manifest, "format": FORMAT})
+        finished(stage, out, finish)
     return Path(out).expanduser().absolute()
 
 
@@ -145,9 +190,7 @@ def _linear_tensors(module: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor
     """One linear in compressed-tensors' names, shapes and dtypes."""
     spec, quantizer = module.weight_spec, module.input
     packed = quantizer.spec is None
-    shape = {"tensor": (1,), "group": (module.out_features, -1)}.get(
-        spec.granularity, (module.out_features, 1)
-    )
+    shape = {"tensor": (1,), "group": (module.out_features, -1)}.get(spec.granularity, (module.out_features, 1))
     tensors = {"weight_scale": module.weight_scale.reshape(shape).to(dtype)}
     if packed:
         words = pack(module.codes(), 8) if module.weight_packed is None else module.weight_packed
@@ -223,9 +266,7 @@ def _stock_config(model: PreTrainedModel) -> tuple[Any, dict[str, int]]:
     """
     config = plain_config(model)
     ours = {
-        f"{name}.bias"
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "bias", None), Tensor)
+        f"{name}.bias" for name, module in model.named_modules() if isinstance(getattr(module, "bias", None), Tensor)
     }
     flags = [k for k, v in config.to_dict().items() if "bias" in k and v is False]
     for count in range(min(len(flags), 4) + 1):
@@ -238,6 +279,4 @@ def _stock_config(model: PreTrainedModel) -> tuple[Any, dict[str, int]]:
                 extra = {k: t.shape[0] for k, t in theirs.items() if k.endswith(".bias") and k not in ours}
                 return candidate, extra
     lacking = sorted(ours - stock_on_meta(type(model), config).state_dict().keys())
-    raise OutputError(
-        f"{type(model).__name__} has no place for {hf.some(lacking)}", "use --format calib, or auto"
-    )
+    raise OutputError(f"{type(model).__name__} has no place for {hf.some(lacking)}", "use --format calib, or auto")

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calib.errors import OutputError
+from calib.errors import CalibError, OutputError
 
 MANIFEST = "calib.json"  # in every export, whatever its format: what makes a folder ours to replace
 MAX_SHARD = "5GB"
 SLACK_BYTES = 32 * 2**20  # tokenizer, config, manifest, verification batch
+Finish = Callable[[Path], Mapping[str, Any]]
 
 
-def check_out(out: str | Path, *, overwrite: bool = False, needed_bytes: int = 0) -> Path:
+def check_out(out: str | os.PathLike[str], *, overwrite: bool = False, needed_bytes: int = 0) -> Path:
     """The absolute path of an output folder; refuses, before any work, one that could not be written.
 
     A missing or empty folder, or an earlier calib output, is fine. Anything else needs ``overwrite``, and
@@ -35,9 +36,7 @@ def check_out(out: str | Path, *, overwrite: bool = False, needed_bytes: int = 0
     with writing(path):
         if path.exists() and not path.is_dir():
             if not overwrite:
-                raise OutputError(
-                    f"{path} is a file, not a folder", "choose another --out, or pass --overwrite"
-                )
+                raise OutputError(f"{path} is a file, not a folder", "choose another --out, or pass --overwrite")
         elif path.is_dir() and not _ours(path):
             if not overwrite:
                 raise OutputError(
@@ -46,15 +45,13 @@ def check_out(out: str | Path, *, overwrite: bool = False, needed_bytes: int = 0
                 )
             here = (Path.cwd(), Path.home())
             if any(path == p or path in p.parents for p in here) or (path / ".git").exists():
-                raise OutputError(
-                    f"{path} holds more than a model and is never replaced", "choose another --out"
-                )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent)).rmdir()
-        free = shutil.disk_usage(path.parent).free
+                raise OutputError(f"{path} holds more than a model and is never replaced", "choose another --out")
+        parent = next(p for p in path.parents if p.exists())  # the rest is made when there is something to write
+        Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=parent)).rmdir()
+        free = shutil.disk_usage(parent).free
     if needed_bytes and free < needed_bytes + SLACK_BYTES:
         raise OutputError(
-            f"{path.parent} has {free / 2**20:.0f} MiB free and the checkpoint needs "
+            f"{parent} has {free / 2**20:.0f} MiB free and the checkpoint needs "
             f"{(needed_bytes + SLACK_BYTES) / 2**20:.0f}",
             "free some space or choose another --out",
         )
@@ -71,12 +68,14 @@ def writing(path: Path) -> Iterator[None]:
     """Turn what the file system says into one line."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # safetensors raises a class of its own, tokenizers a plain Exception that quotes the system
+        known = isinstance(error, (OSError, SafetensorError)) or "os error" in str(error)
+        if not known or isinstance(error, CalibError):
+            raise
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         cause = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
-        fix = (
-            "free some space or choose another --out" if full else "choose an --out that this user can write"
-        )
+        fix = "free some space or choose another --out" if full else "choose an --out that this user can write"
         raise OutputError(f"cannot write {path}: {cause}", fix) from error
 
 
@@ -85,6 +84,7 @@ def staged(out: str | Path, *, overwrite: bool = False, needed_bytes: int = 0) -
     """A temporary sibling folder to write into; on success it becomes ``out``, on failure it is gone."""
     path = check_out(out, overwrite=overwrite, needed_bytes=needed_bytes)
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
     try:
         with writing(path):
@@ -98,6 +98,20 @@ def staged(out: str | Path, *, overwrite: bool = False, needed_bytes: int = 0) -
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+def finished(stage: Path, out: str | Path, finish: Finish | None) -> None:
+    """Call finish on a written stage and add what it returns to the manifest; its errors name ``out``."""
+    if finish is None:
+        return
+    path = Path(out).expanduser().absolute()
+    try:
+        added = finish(stage)
+    except CalibError as error:
+        cause = error.cause.replace(str(stage), str(path))
+        raise type(error)(f"{cause}, so {path.name} was not written", error.fix) from error
+    file = stage / MANIFEST
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **added})
 
 
 def _move(stage: Path, path: Path) -> None:
@@ -137,9 +151,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]
         dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD
     )
     for name, keys in plan.filename_to_tensors.items():
-        save_file(
-            {key: tensors[key].contiguous() for key in keys}, str(folder / name), metadata={"format": "pt"}
-        )
+        save_file({key: tensors[key].contiguous() for key in keys}, str(folder / name), metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

@@ -27,7 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from calib.errors import ModelError
-from calib.nn import ActivationQuantizer, Prefix, QuantLinear
+from calib.nn import ActivationQuantizer, AttentionFormat, Prefix, QuantLinear, route_attention
 from calib.quantizers import AffineSpec
 
 METHOD = "calib"
@@ -44,6 +44,7 @@ class CalibConfig(QuantizationConfigMixin):
         biased_linears: Sequence[str] = (),
         rewrites: Sequence[Mapping[str, str]] = (),
         prefix: Mapping[str, Any] | None = None,
+        attention: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -63,6 +64,7 @@ class CalibConfig(QuantizationConfigMixin):
         self.biased_linears = list(biased_linears)
         self.rewrites = [dict(rewrite) for rewrite in rewrites]
         self.prefix = None if prefix is None else dict(prefix)
+        self.attention = None if attention is None else dict(attention)  # modules: names; matmuls, cache: formats
 
 
 def describe(model: nn.Module) -> CalibConfig:
@@ -80,7 +82,26 @@ def describe(model: nn.Module) -> CalibConfig:
         layers, kv_heads, _, head_dim = keys.shape
         shape = {"tokens": list(prefix.tokens), "layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
     rewrites: Any = getattr(model, "calib_rewrites", ())
-    return CalibConfig(list(groups.values()), rewrites=rewrites, prefix=shape)
+    return CalibConfig(list(groups.values()), rewrites=rewrites, prefix=shape, attention=describe_attention(model))
+
+
+def describe_attention(model: nn.Module) -> dict[str, Any] | None:
+    """Which modules quantize their attention, and how; one format for all."""
+    forms = {n: m.calib_attention for n, m in model.named_modules() if hasattr(m, "calib_attention")}
+    if not forms:
+        return None
+    form = next(iter(forms.values()))
+    assert isinstance(form, AttentionFormat)
+    return {"modules": list(forms), **dataclasses.asdict(form)}
+
+
+def install_attention(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Set the formats that ``describe_attention`` wrote."""
+    specs = {k: None if config[k] is None else AffineSpec(**config[k]) for k in ("matmuls", "cache")}
+    route_attention(model)
+    for name in config["modules"]:
+        form: Any = AttentionFormat(specs["matmuls"], specs["cache"], config["prefix"])
+        model.get_submodule(name).calib_attention = form
 
 
 def describe_linear(module: QuantLinear) -> dict[str, Any]:
@@ -247,6 +268,8 @@ class CalibHfQuantizer(HfQuantizer):
         prefix = getattr(model, "calib_prefix", None)
         if isinstance(prefix, Prefix):
             prefix.install(model)
+        if self.quantization_config.attention is not None:
+            install_attention(model, self.quantization_config.attention)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:

@@ -57,14 +57,11 @@ def load_pair(
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a folder or a name that model_zoo knows; None where there is none."""
-    from transformers import AutoTokenizer
+    from model_zoo import sources
 
-    from model_zoo.sources import resolve
-
-    found = resolve(str(path), progress=False)
+    found = sources.resolve(str(path), progress=False)
     try:
-        options = {"gguf_file": found.gguf_file} if found.gguf_file else {}
-        return AutoTokenizer.from_pretrained(found.path, **options)
+        return sources.load_tokenizer(found)
     except (OSError, ValueError):
         return None
 

@@ -9,22 +9,18 @@ from calib.methods.os_plus import OSPlus
 from calib.methods.smoothquant import SmoothQuant
 from calib.recipe import Recipe
 
-SITE_METHODS: dict[str, type[OSPlus] | type[SmoothQuant]] = {"os+": OSPlus, "smoothquant": SmoothQuant}
-
 __all__ = ["GPTQ", "Hadamard", "OSPlus", "ShiftScale", "SiteMethod", "SiteView", "SmoothQuant", "WeightMethod", "resolve"]
 
 
-def resolve(recipe: Recipe) -> tuple[list[SiteMethod], GPTQ | None, Hadamard | None]:
-    """The recipe's methods as objects: those that solve sites, the one that rounds weights, the rotation."""
+def resolve(recipe: Recipe) -> tuple[list[SiteMethod], GPTQ | None]:
+    """The recipe's methods as objects: those that solve sites, in order, and the one that rounds weights."""
+    given = dict(method.partition(":")[::2] for method in recipe.methods)
+    rotation = Hadamard(given["hadamard"]) if "hadamard" in given else None
     sites: list[SiteMethod] = []
-    weights: GPTQ | None = None
-    rotation: Hadamard | None = None
-    for method in recipe.methods:
-        name, _, value = method.partition(":")
-        if name in SITE_METHODS:
-            sites.append(SITE_METHODS[name](value))
-        elif name == "gptq":
-            weights = GPTQ(value)
-        elif name == "hadamard":
-            rotation = Hadamard(value)
-    return sites, weights, rotation
+    if "smoothquant" in given:
+        sites.append(SmoothQuant(given["smoothquant"]))
+    if "os+" in given:
+        sites.append(OSPlus(given["os+"], rotation.block_for if rotation else None))
+    elif rotation is not None:
+        sites.append(rotation)
+    return sites, GPTQ(given["gptq"]) if "gptq" in given else None

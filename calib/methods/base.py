@@ -18,8 +18,9 @@ Loss = Callable[[Tensor], float]
 class SiteView:
     """One site's statistics, as a method sees them; n channels, tied channels already equal.
 
-    lo, hi [n]: extremes over all calibration rows. weight_absmax [n]: over all consumers. objective(shift) gives two
-    losses of a scale, on few rows and on many. can_shift, can_scale: whether something takes a (z, s) here.
+    lo, hi [n]: extremes over all calibration rows. weight_absmax [n]: over all consumers. objective(shift, hadamard)
+    gives two losses of a scale, on few rows and on many. can_shift, can_scale, can_rotate: whether something takes a
+    (z, s), or an online rotation, here.
     """
 
     name: str
@@ -29,15 +30,17 @@ class SiteView:
     weight_absmax: Tensor
     can_shift: bool
     can_scale: bool
-    objective: Callable[[Tensor | None], tuple[Loss, Loss]]
+    objective: Callable[[Tensor | None, int], tuple[Loss, Loss]]
+    can_rotate: bool = False
 
 
 @dataclass(eq=False)
 class ShiftScale:
-    """A site's solution: z and s, each [n] or None; detail goes into the report."""
+    """A site's solution: z and s, each [n] or None, then a block Hadamard (1: none); detail goes into the report."""
 
     shift: Tensor | None = None
     scale: Tensor | None = None
+    hadamard: int = 1
     detail: dict[str, Any] = field(default_factory=dict)
 
 

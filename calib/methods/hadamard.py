@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from calib.errors import InputError
+from calib.methods.base import ShiftScale, SiteView
 from calib.nn import best_block, hadamard_matrix
+from calib.recipe import Recipe
 
 
 class Hadamard:
-    """``hadamard:128`` sets the block; by default the largest power of two up to 128 that divides the width."""
+    """``hadamard:128`` sets the block; by default the largest power of two up to 128 that divides the width.
+
+    Alone it rotates every site that can be; with os+ beside it, os+ decides site by site which costs less.
+    """
 
     name = "hadamard"
-    kinds = ("updown", "fc")
 
     def __init__(self, value: str = "") -> None:
         if value and not value.isdigit():
@@ -24,3 +28,7 @@ class Hadamard:
         if self.block and width % self.block:
             raise InputError(f"hadamard:{self.block} does not divide {width} inputs", "choose a divisor, or none")
         return self.block or best_block(width)
+
+    def solve(self, site: SiteView, recipe: Recipe) -> ShiftScale:
+        block = self.block_for(len(site.lo)) if site.can_rotate else 1
+        return ShiftScale(hadamard=block, detail={"hadamard": block} if block > 1 else {})

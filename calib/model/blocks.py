@@ -140,7 +140,7 @@ def capture(
             return forward
 
         for i, block in enumerate(blocks):
-            block.forward = passing(block, i == len(blocks) - 1)  # type: ignore[method-assign]
+            block.forward = passing(block, i == len(blocks) - 1)
             undo.callback(delattr, block, "forward")
         for batch in batches:
             with contextlib.suppress(_Stop):

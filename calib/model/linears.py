@@ -86,11 +86,12 @@ def apply_rewrites(model: nn.Module, rewrites: Sequence[Mapping[str, str]]) -> N
             delattr(parent, leaf)
             if old.dim() == 3:
                 new = nn.ModuleList(_linear(ParameterLinear, w, None) for w in old.unbind(0))
-                if hasattr(model, "config"):
-                    model.config._experts_implementation = "eager"
+                config: Any = getattr(model, "config", None)
+                if config is not None:
+                    config._experts_implementation = "eager"
             else:
                 new = _linear(ParameterLinear, old, None)
-        parent._is_hf_initialized = True  # transformers must not initialise an owner whose parameter has moved
+        parent._is_hf_initialized = True  # type: ignore[assignment]  # transformers must not initialise an owner whose parameter has moved
         setattr(parent, leaf, new)
 
 

@@ -18,9 +18,7 @@ from calib.model.sites import Site, find_sites
 from calib.model.trace import record
 from calib.quantizers import AffineSpec, bits_per_weight
 from calib.recipe import Recipe
-from calib.transforms import FoldProducer, FoldTarget, SiteTransform, undone_on_failure
-
-TOLERANCE = 1e-5  # relative error of a block's output that a fold in fp32 may leave
+from calib.transforms import FoldProducer, FoldTarget, SiteTransform, tolerance_for, undone_on_failure
 
 Status = Literal["transformed", "quantized", "excluded"]
 
@@ -55,6 +53,7 @@ class Plan:
     blocks: dict[str, BlockPlan]
     rewrites: list[dict[str, str]]
     notes: list[str] = field(default_factory=list)
+    prefix: tuple[int, ...] | None = None
 
     def quantized(self) -> list[str]:
         return [e.name for e in self.entries.values() if e.status != "excluded"]
@@ -123,8 +122,10 @@ def make_plan(model: nn.Module, recipe: Recipe, batch: Batch) -> Plan:
                 with record(block) as trace:
                     after = call.run(block, hidden)
                 sites = find_sites(trace, block)
+                run = functools.partial(call.run, block)
+                tolerance = tolerance_for(run, hidden, after)
                 for site in sites:
-                    _try_fold(block, site, functools.partial(call.run, block, hidden), after, generator)
+                    _try_fold(block, site, functools.partial(run, hidden), after, tolerance, generator)
                 plan.blocks[name] = BlockPlan(name, sites)
                 hidden = after
     _settle(model, found, plan, recipe)
@@ -132,7 +133,12 @@ def make_plan(model: nn.Module, recipe: Recipe, batch: Batch) -> Plan:
 
 
 def _try_fold(
-    block: nn.Module, site: Site, run: Callable[[], Tensor], before: Tensor, generator: torch.Generator
+    block: nn.Module,
+    site: Site,
+    run: Callable[[], Tensor],
+    before: Tensor,
+    tolerance: float,
+    generator: torch.Generator,
 ) -> None:
     """Prove the proposed producer with a random fold; take it away, with a note, where the block's output changes."""
     if site.producer is None:
@@ -146,7 +152,7 @@ def _try_fold(
     with undone_on_failure(transform, run, tolerance=-1.0, before=before) as error:  # a trial: always undone
         transform.fold(shift, scale)
     transform.remove_hooks()
-    if not error[0] <= TOLERANCE:
+    if not error[0] <= tolerance:
         site.note = f"folding into {site.producer.path} changes the block's output by {error[0]:.1e}"
         site.kind, site.producer = "input", None
 
@@ -193,8 +199,8 @@ def planned_fold(site: Site, recipe: Recipe) -> str:
     parts = []
     methods = [m.partition(":")[0] for m in recipe.methods]
     if "hadamard" in methods and takes_rotation(site):
-        parts.append("online hadamard")
-    elif ("os+" in methods or "smoothquant" in methods) and site.producer is not None and site.kind in recipe.sites:
+        parts.append("online hadamard" + (" or:" if "os+" in methods else ""))
+    if ("os+" in methods or "smoothquant" in methods) and site.producer is not None and site.kind in recipe.sites:
         shift = recipe.shift and "os+" in methods and site.producer.shift
         shift = shift and (site.producer.gain is None or site.producer.gain.bias is not None)
         shift = shift and not (site.kind == "vo" and recipe.scheme.attention is not None)
@@ -202,7 +208,7 @@ def planned_fold(site: Site, recipe: Recipe) -> str:
         parts += [f"{site.producer.path}: {' and '.join(halves)}"] if halves else []
         if "fused" in recipe.sites and recipe.shift and not shift and "os+" in methods:
             parts.append("fused: shift")
-    if "fused" in recipe.sites and not parts and "os+" in methods:
+    if "fused" in recipe.sites and not any(p.startswith((site.producer.path if site.producer else "-")) for p in parts) and "os+" in methods:
         halves = [half for half, on in (("shift", recipe.shift), ("scale", recipe.scale)) if on]
         parts += [f"fused: {' and '.join(halves)}"] if halves else []
     return ", ".join(parts)

@@ -42,6 +42,9 @@ class StatelessCache(DynamicCache):
 class Prefix(nn.Module):
     """Float keys and values [1, kv_heads, P, head_dim] of P prefix tokens for each layer, primed into every new cache."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, tokens: Sequence[int], layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.tokens = tuple(int(t) for t in tokens)
@@ -86,7 +89,7 @@ def _prime_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     assert inputs is not None
     cache = kwargs.get("past_key_values")
     if cache is None:
-        cache = kwargs["past_key_values"] = DynamicCache(config=model.config)
+        cache = kwargs["past_key_values"] = DynamicCache(config=model.config)  # type: ignore[arg-type]
     if not isinstance(cache, StatelessCache) and int(cache.get_seq_length()) == 0:
         prefix.prime(cache, inputs.shape[0])
     mask = kwargs.get("attention_mask")

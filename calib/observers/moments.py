@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,15 @@ class Moments(Observer):
             if self.gram is not None:
                 self.gram = (self.gram.double() / torch.outer(s, s)).to(self.gram.dtype)
             self.square, self.total = self.square / s.square(), self.total / s
+
+    def rotate(self, rotation: Callable[[Tensor], Tensor]) -> None:
+        """Become the moments of rotation(x), an orthonormal map of rows; ``square`` needs the Gram for that."""
+        self.total = rotation(self.total[None].float())[0].double()
+        if self.gram is not None:
+            self.gram = rotation(rotation(self.gram).T.contiguous()).T.contiguous()
+            self.square = self.gram.diagonal().double().clone()
+        else:  # without it, what the rotation spreads evenly is all that is known: the mean energy
+            self.square = torch.full_like(self.square, float(self.square.mean()))
 
     def merge(self, other: Observer) -> None:
         assert isinstance(other, Moments)

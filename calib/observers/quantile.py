@@ -18,6 +18,7 @@ class Quantile(Observer):
 
     def update(self, rows: Tensor) -> None:
         magnitude = rows.detach().float().abs().flatten()
+        magnitude.nan_to_num_(nan=torch.finfo(torch.float32).max)  # the top bin: Range tells of NaN and inf
         index = torch.log2(magnitude.clamp_(2.0 ** -(OCTAVES // 2))).add_(OCTAVES // 2).mul_(PER_OCTAVE).long()
         self.counts += torch.bincount(index.clamp_(max=len(self.counts) - 1), minlength=len(self.counts)).cpu()
 

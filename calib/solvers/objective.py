@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,17 +29,31 @@ class LinearObjective:
     """loss(s) = mean_t sum_o |(x W^T - Q_a(x / s) Q_w(W s)^T)|^2 for the Linears that read one tensor.
 
     x [T, n]: shifted rows. weight [m, n]: all consumers stacked. lo, hi [n]: shifted channel extremes. Everything fp32;
-    the bias cancels. Source: OS+ (arXiv 2304.09145) eq. 9, for a site whose next step is not a matmul of its outputs.
+    the bias cancels. rotate: an orthonormal map of rows applied to both x / s and W s before they are quantized; a static
+    range is then that of the rotated rows. Source: OS+ (arXiv 2304.09145) eq. 9, for a site whose next step is not a
+    matmul of its outputs.
     """
 
     def __init__(
-        self, x: Tensor, weight: Tensor, lo: Tensor, hi: Tensor, inputs: AffineSpec | None, weights: AffineSpec
+        self,
+        x: Tensor,
+        weight: Tensor,
+        lo: Tensor,
+        hi: Tensor,
+        inputs: AffineSpec | None,
+        weights: AffineSpec,
+        rotate: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.x, self.weight, self.lo, self.hi = x.float(), weight.float(), lo, hi
-        self.inputs, self.weights = inputs, weights
+        self.inputs, self.weights, self.rotate = inputs, weights, rotate
         self.target = self.x @ self.weight.T
 
     def __call__(self, scale: Tensor) -> float:
-        x = quantize_input(self.x / scale, self.inputs, self.lo / scale, self.hi / scale)
-        error = torch.addmm(self.target, x, quantize_weight(self.weight * scale, self.weights).T, beta=-1)
+        x, weight = self.x / scale, self.weight * scale
+        lo, hi = self.lo / scale, self.hi / scale
+        if self.rotate is not None:
+            x, weight = self.rotate(x), self.rotate(weight)
+            lo, hi = x.amin(0), x.amax(0)
+        x = quantize_input(x, self.inputs, lo, hi)
+        error = torch.addmm(self.target, x, quantize_weight(weight, self.weights).T, beta=-1)
         return float(error.square_().sum(1).mean())

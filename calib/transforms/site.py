@@ -38,8 +38,9 @@ class FoldProducer:
                     weight.div_(s[:, None])
                 else:
                     weight.copy_((weight + self.offset) / s - self.offset)
-                if isinstance(getattr(module, "bias", None), Tensor):
-                    module.bias = nn.Parameter(module.bias / s, requires_grad=False)  # type: ignore[operator]
+                bias = getattr(module, "bias", None)
+                if isinstance(bias, Tensor):
+                    module.bias = nn.Parameter(bias / s, requires_grad=False)
 
 
 @dataclass(eq=False)

@@ -3,8 +3,8 @@
     python experiments/main_job/run.py smollm2          # WikiText-2 test perplexity
     python experiments/main_job/run.py minilm           # SST-2 classifier: accuracy and logits error
 
-Finished cells are kept in results-<model>.json and skipped on the next run; --only NAME runs the cells whose name holds
-NAME, --again repeats them. Calibration data are validation (WikiText-2) and training (SST-2) splits, never test.
+Finished cells are kept in results-<model>.json and skipped on the next run; --only 'A;B' runs the cells whose name holds
+A or B, --again repeats them. Calibration data are validation (WikiText-2) and training (SST-2) splits, never test.
 """
 
 from __future__ import annotations
@@ -135,6 +135,10 @@ def _cost(result: calib.Result) -> dict[str, Any]:
     return {"seconds": {k: round(v, 2) for k, v in result.seconds.items()}, "peak_rss_mib": result.peak_rss_mib}
 
 
+def _stored(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {"cells": {}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=["smollm2", "minilm"])
@@ -146,17 +150,19 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     run, cells = (smollm2, SMOLLM2) if args.model == "smollm2" else (minilm, MINILM)
     file = HERE / f"results-{args.model}{'' if args.seed == 0 else f'-seed{args.seed}'}.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"cells": {}}
-    results["machine"] = {"cpu": platform.processor() or platform.machine(), "threads": args.threads}
-    results["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__, "calib": calib.__version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "calib": calib.__version__}
+    about = {"machine": platform.machine(), "threads": args.threads, "seed": args.seed, "versions": versions}
+    results = _stored(file)
     for cell in [None, *cells]:
         name = "float" if cell is None else cell.name
-        if args.only not in name or (name in results["cells"] and not args.again):
+        if not any(part in name for part in args.only.split(";")) or (name in results["cells"] and not args.again):
             continue
         start = time.perf_counter()
         figures = run(cell, args)
         described = {} if cell is None else {"scheme": cell.scheme, "method": cell.method, "options": repr(cell.options)}
-        results["cells"][name] = {**described, **figures, "cell_seconds": round(time.perf_counter() - start, 1)}
+        results = _stored(file)  # read anew: two runs may fill one table
+        seconds = round(time.perf_counter() - start, 1)
+        results["cells"][name] = {**described, **figures, "cell_seconds": seconds, **about}
         file.write_text(json.dumps(results, indent=1) + "\n")
         print(name, json.dumps(figures)[:200], flush=True)
     order = {"float": -1, **{cell.name: i for i, cell in enumerate(cells)}}

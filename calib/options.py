@@ -1,0 +1,166 @@
+"""The options that `calib quantize` and `calib plan` share: what they say of a scheme and a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from calib.errors import InputError
+from calib.export.load import load_tokenizer
+from calib.recipe import FOLDS, METHODS, SCHEMES
+
+RANGES = ("minmax", "mse", "percentile")
+FORMATS = ("auto", "calib", "compressed-tensors")
+Option = typer.Option
+
+
+def one_of(option: str, value: str, known: Sequence[str]) -> str:
+    """value, or an InputError that lists what the option takes."""
+    if value not in known:
+        raise InputError(f"unknown {option} {value!r}", f"use {', '.join(known)}")
+    return value
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """As typed. None: what the scheme's preset says."""
+
+    scheme: Annotated[str, Option(help=f"Number formats: {', '.join(SCHEMES)}.")] = "w8a8-static"
+    method: Annotated[str, Option(help=f"Comma separated, in order: {', '.join(METHODS)}.")] = "os+"
+    format: Annotated[str, Option(help=f"Of the checkpoint: {', '.join(FORMATS)}.")] = "auto"
+    prefix: Annotated[str, Option(help="Tokens kept before every input in float: auto, none, ids (1,2) or text.")] = (
+        "auto"
+    )
+    sites: Annotated[
+        str, Option(help="What may be transformed: auto, exact, all, or some of norm,vo,updown,fc,fused.")
+    ] = "auto"
+    exclude: Annotated[
+        list[str] | None, Option(help="Regular expression on module names left in float; repeatable.")
+    ] = None
+    weights_group: Annotated[
+        int | None, Option(min=0, help="Weights that share a scale; 0: all of an output channel.")
+    ] = None
+    weights_symmetric: Annotated[
+        bool | None,
+        Option("--weights-symmetric/--weights-asymmetric", help="Weight grids without or with zero points."),
+    ] = None
+    weights_range: Annotated[str | None, Option(help=f"Weight ranges: {', '.join(RANGES)}.")] = None
+    acts_granularity: Annotated[str | None, Option(help="Activation ranges: tensor (static) or token (dynamic).")] = (
+        None
+    )
+    acts_symmetric: Annotated[
+        bool | None,
+        Option("--acts-symmetric/--acts-asymmetric", help="Activation grids without or with zero points."),
+    ] = None
+    acts_range: Annotated[str | None, Option(help=f"Static activation ranges: {', '.join(RANGES)}.")] = None
+    kv_bits: Annotated[int | None, Option(help="Quantize the key-value cache: 2 to 8 bits.")] = None
+    attention_bits: Annotated[
+        int | None, Option(help="Quantize q, k, v and probabilities in attention: 2 to 8 bits.")
+    ] = None
+    shift: Annotated[str, Option(help="Shift of os+: on, off, or auto, where it lowers a site's loss.")] = "auto"
+    scale: Annotated[str, Option(help="Scale of os+: on or off.")] = "on"
+    search: Annotated[str, Option(help="Threshold search of os+: fast or exhaustive.")] = "fast"
+    damp: Annotated[float, Option(min=0.0, help="Damping of gptq, of the mean of its diagonal.")] = 0.01
+    inputs: Annotated[str, Option(help="Calibrate a block on quantized or float outputs of those before it.")] = (
+        "quantized"
+    )
+    float_rows: Annotated[
+        float, Option(min=0.0, max=1.0, help="Share of rows left out of static ranges and run in float.")
+    ] = 0.0
+
+    def arguments(self, model: str) -> dict[str, Any]:
+        """Keyword arguments of calib.quantize and calib.plan; InputError where a word is unknown."""
+        switch: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+        return {
+            "scheme": self.scheme,
+            "method": self.method,
+            "format": one_of("format", self.format, FORMATS),
+            "scheme_options": self._scheme_options(),
+            "sites": _sites(self.sites),
+            "shift": switch[one_of("shift", self.shift, ("auto", "on", "off"))],
+            "scale": switch[one_of("scale", self.scale, ("on", "off"))],
+            "search": one_of("search", self.search, ("fast", "exhaustive")),
+            "inputs": one_of("inputs", self.inputs, ("quantized", "float")),
+            "damp": self.damp,
+            "float_rows": self.float_rows,
+            "prefix": _prefix(self.prefix, model),
+        }
+
+    def _scheme_options(self) -> dict[str, Any]:
+        for name, rule in (("weights-range", self.weights_range), ("acts-range", self.acts_range)):
+            one_of(name, rule or "minmax", RANGES)
+        one_of("acts-granularity", self.acts_granularity or "token", ("tensor", "token"))
+        return {
+            "exclude": tuple(self.exclude or ()) or None,
+            "weight_group": self.weights_group,
+            "weight_symmetric": self.weights_symmetric,
+            "weight_range": self.weights_range,
+            "input_granularity": self.acts_granularity,
+            "input_symmetric": self.acts_symmetric,
+            "input_range": self.acts_range,
+            "kv_bits": self.kv_bits,
+            "attention_bits": self.attention_bits,
+        }
+
+
+def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Spread RecipeOptions over the command's own options, in the place of its parameter ``recipe``."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())
+    hints = typing.get_type_hints(RecipeOptions, include_extras=True)
+    names = [field.name for field in dataclasses.fields(RecipeOptions)]
+    shared = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in dataclasses.fields(RecipeOptions)
+    ]
+    parameters = [
+        each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in own
+        for each in (shared if p.name == "recipe" else [p])
+    ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(recipe=RecipeOptions(**{name: given.pop(name) for name in names}), **given)
+
+    del run.__wrapped__  # typer would read its signature instead
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _sites(text: str) -> tuple[str, ...] | None:
+    """None where the recipe decides: what folds exactly, and under static schemes the fused rest."""
+    named = {"auto": None, "exact": FOLDS, "all": (*FOLDS, "fused")}
+    if text in named:
+        return named[text]
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    for part in parts or (text,):
+        one_of("sites", part, (*FOLDS, "fused", *named))
+        if part in named:
+            raise InputError(f"sites {text!r} mixes {part} with others", f"use {part} alone")
+    return parts
+
+
+def _prefix(text: str, model: str) -> str | tuple[int, ...]:
+    """auto, none, token ids, or text, which the model's tokenizer turns into ids."""
+    if text in ("auto", "none"):
+        return text
+    parts = text.split(",")
+    if all(part.strip().isdecimal() for part in parts):
+        return tuple(int(part) for part in parts)
+    tokenizer = load_tokenizer(model) if text else None
+    ids = () if tokenizer is None else tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if text and tokenizer is None:
+        raise InputError(f"prefix {text!r} is text and {model} has no tokenizer", "give ids: --prefix 1")
+    if not ids:
+        raise InputError(f"prefix {text!r} has no tokens", "use auto, none, ids (--prefix 1,2) or text")
+    return ids
