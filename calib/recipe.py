@@ -133,11 +133,15 @@ def scheme(name: str | Scheme, **changes: object) -> Scheme:
         if side == "weight":
             weights = _changed(weights, field, value)
         elif inputs is None:
-            raise InputError(f"{key} given, but scheme {base.name} leaves activations in float", "choose w8a8 or the like")
+            raise InputError(
+                f"{key} given, but scheme {base.name} leaves activations in float", "choose w8a8 or the like"
+            )
         else:
             inputs = _changed(inputs, field, value)
     if "input_range" in changes and changes["input_range"] is not None and inputs is not None and inputs.dynamic:
-        raise InputError(f"a range rule is given and {base.name}'s activations are dynamic", "choose w8a8-static or the like")
+        raise InputError(
+            f"a range rule is given and {base.name}'s activations are dynamic", "choose w8a8-static or the like"
+        )
     update: dict[str, object] = {"weights": weights, "inputs": inputs}
     for key, target in (("attention_bits", "attention"), ("kv_bits", "kv")):
         if bits := given.pop(key, None):
@@ -152,7 +156,9 @@ def scheme(name: str | Scheme, **changes: object) -> Scheme:
         try:
             re.compile(rule)
         except re.error as error:
-            raise InputError(f"exclude rule {rule!r} is not a regular expression ({error})", "fix the pattern") from error
+            raise InputError(
+                f"exclude rule {rule!r} is not a regular expression ({error})", "fix the pattern"
+            ) from error
     return result
 
 
@@ -185,11 +191,16 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
     if stock:
         given["prefix"] = "none"
     if given.get("float_rows") and not scheme.static:
-        raise InputError("rows beyond the static range run in float, and this scheme has no static range", "choose w8a8-static or the like")
+        raise InputError(
+            "rows beyond the static range run in float, and this scheme has no static range",
+            "choose w8a8-static or the like",
+        )
     methods = tuple(part.strip() for part in method.split(",") if part.strip())
     try:
         return Recipe(scheme=scheme, methods=methods, **given)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"option {where}: {first['msg'].removeprefix('Value error, ')}", "see calib quantize --help") from error
+        raise InputError(
+            f"option {where}: {first['msg'].removeprefix('Value error, ')}", "see calib quantize --help"
+        ) from error

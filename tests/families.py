@@ -9,8 +9,14 @@ import transformers as t
 from torch import Tensor
 from transformers import PreTrainedModel
 
-COMMON = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
-GROUPED = dict(num_key_value_heads=2, intermediate_size=96)
+COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+GROUPED = {"num_key_value_heads": 2, "intermediate_size": 96}
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**COMMON, **GROUPED)),

@@ -94,7 +94,9 @@ def test_gelu_paths_are_proposed_and_named_as_refused() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name, method", [("w8a8-static", "os+"), ("w4a8", "os+,gptq"), ("w8a8-static", "hadamard,os+")])
+@pytest.mark.parametrize(
+    "name, method", [("w8a8-static", "os+"), ("w4a8", "os+,gptq"), ("w8a8-static", "hadamard,os+")]
+)
 def test_planned_linears_change_and_no_other_parameter(family: str, name: str, method: str) -> None:
     model, data = build(family), batches(family)
     reference = build(family)
@@ -109,12 +111,18 @@ def test_planned_linears_change_and_no_other_parameter(family: str, name: str, m
         assert isinstance(module, QuantLinear)
         assert module.codes().unique().numel() > 2, f"{module_name} holds no real codes"
     producers = {
-        f"{block.name}.{site.producer.path}" for block in result.plan.blocks.values() for site in block.sites if site.producer
+        f"{block.name}.{site.producer.path}"
+        for block in result.plan.blocks.values()
+        for site in block.sites
+        if site.producer
     }
     for key, value in result.model.state_dict().items():
         owner = key.rpartition(".")[0]
-        if key in stock and value.is_floating_point() and owner not in producers and not any(
-            key.startswith(p + ".") for p in planned
+        if (
+            key in stock
+            and value.is_floating_point()
+            and owner not in producers
+            and not any(key.startswith(p + ".") for p in planned)
         ):
             assert torch.equal(value, stock[key]), f"{key} is in no plan but changed"
     for entry in result.plan.entries.values():

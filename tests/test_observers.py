@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ def cut(x: Tensor, sizes: list[int]) -> list[Tensor]:
     edges = [0]
     for size in sizes:
         edges.append(min(edges[-1] + size, len(x)))
-    return [x[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)] + [x[edges[-1] :]]
+    return [x[a:b] for a, b in itertools.pairwise(edges)] + [x[edges[-1] :]]
 
 
 def same_gram(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:

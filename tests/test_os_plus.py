@@ -101,7 +101,9 @@ def test_shift_and_scale_can_be_switched_off_each() -> None:
     only_scale = OSPlus().solve(v, recipe(scheme("w6a6-static"), "os+", shift=False))
     assert only_shift.scale is None and torch.equal(only_shift.shift, midpoint(v.lo, v.hi))
     assert only_scale.shift is None and only_scale.scale is not None
-    blocked = OSPlus().solve(view(x, w, AffineSpec(), AffineSpec(), can_shift=False, can_scale=False), recipe(scheme("w8a8"), "os+"))
+    blocked = OSPlus().solve(
+        view(x, w, AffineSpec(), AffineSpec(), can_shift=False, can_scale=False), recipe(scheme("w8a8"), "os+")
+    )
     assert blocked.shift is None and blocked.scale is None
 
 
@@ -127,7 +129,7 @@ def test_shift_is_kept_only_where_it_helps() -> None:
     gelu = torch.nn.functional.gelu(torch.randn(400, 24) * torch.linspace(0.5, 3, 24) - 2)
     dropped = OSPlus().solve(view(gelu, w, *specs), recipe(scheme("w6a6-static"), "os+"))
     assert dropped.shift is None
-    assert dropped.detail["loss_without_shift"] < dropped.detail["loss_with_shift"]
+    assert dropped.detail["variants"]["plain"] < dropped.detail["variants"]["shifted"]
 
 
 def test_small_and_zero_tensors_are_searched_too() -> None:
@@ -145,11 +147,13 @@ def test_smoothquant_formula_and_dead_channels() -> None:
     method = SmoothQuant("0.8")
     found = method.solve(view(x, w, AffineSpec(), AffineSpec()), recipe(scheme("w8a8"), "smoothquant:0.8"))
     assert torch.allclose(found.scale, x.abs().amax(0) ** 0.8 / w.abs().amax(0) ** 0.2)
-    with pytest.raises(calib.InputError, match="outside 0..1"):
+    with pytest.raises(calib.InputError, match=r"outside 0\.\.1"):
         SmoothQuant("7")
 
 
-@pytest.mark.parametrize("spec", [AffineSpec(4), AffineSpec(3, symmetric=False), AffineSpec(4, granularity="group", group_size=8)])
+@pytest.mark.parametrize(
+    "spec", [AffineSpec(4), AffineSpec(3, symmetric=False), AffineSpec(4, granularity="group", group_size=8)]
+)
 def test_gptq_beats_rounding_on_its_objective(spec: AffineSpec) -> None:
     torch.manual_seed(0)
     x = torch.randn(400, 8) @ torch.randn(8, 32) + 0.3 * torch.randn(400, 32)
@@ -167,7 +171,7 @@ def test_gptq_beats_rounding_on_its_objective(spec: AffineSpec) -> None:
 def test_gptq_with_white_inputs_is_rounding_and_survives_dead_and_deficient_ones() -> None:
     w, spec = torch.randn(6, 16), AffineSpec(4)
     codes, scale, zero = gptq(w, torch.eye(16), spec, act_order=False, damp=0.0)
-    s, z = qparams(*weight_range(w, spec), spec)
+    s, _ = qparams(*weight_range(w, spec), spec)
     assert torch.equal(codes.float(), torch.round(w / s).clamp(spec.qmin, spec.qmax))
     one = torch.randn(1, 16)
     one[:, 3] = 0
@@ -185,9 +189,17 @@ def test_the_engine_solves_with_the_paper_formulas() -> None:
     with torch.no_grad():
         for batch in data:
             stock(**batch)
-    options = dict(weight_granularity="tensor", input_symmetric=True)
+    options = {"weight_granularity": "tensor", "input_symmetric": True}
     result = calib.quantize(
-        model, "w8a8-static", "os+", data, search="exhaustive", shift=True, inputs="float", progress=False, scheme_options=options
+        model,
+        "w8a8-static",
+        "os+",
+        data,
+        search="exhaustive",
+        shift=True,
+        inputs="float",
+        progress=False,
+        scheme_options=options,
     )
     x = torch.cat(seen)
     record = result.report["sites"]["model.decoder.layers.0.fc1"]

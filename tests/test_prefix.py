@@ -111,7 +111,9 @@ def test_padding_changes_nothing() -> None:
     ids = torch.cat([short["input_ids"], torch.full((4, 6), 99)], 1)
     mask = torch.cat([short["attention_mask"], torch.zeros(4, 6, dtype=torch.long)], 1)
     alone = calib.quantize(build("bert"), "w8a8-static", "os+", [short], progress=False)
-    padded = calib.quantize(build("bert"), "w8a8-static", "os+", [{"input_ids": ids, "attention_mask": mask}], progress=False)
+    padded = calib.quantize(
+        build("bert"), "w8a8-static", "os+", [{"input_ids": ids, "attention_mask": mask}], progress=False
+    )
     a, b = logits(alone.model, short), logits(padded.model, short)
     coarse = calib.quantize(build("bert"), "w4a4", "rtn", [short], progress=False)
     assert float((a - b).norm()) < 0.05 * float((a - logits(coarse.model, short)).norm())
@@ -122,6 +124,8 @@ def test_padding_changes_nothing() -> None:
 def test_float_inputs_and_batch_order() -> None:
     data = batches("opt", 3)
     one = calib.quantize(build("opt"), "w8a8-static", "rtn", data, inputs="float", progress=False)
-    two = calib.quantize(build("opt"), "w8a8-static", "rtn", [data[2], data[0], data[1]], inputs="float", progress=False)
+    two = calib.quantize(
+        build("opt"), "w8a8-static", "rtn", [data[2], data[0], data[1]], inputs="float", progress=False
+    )
     for (name, a), (_, b) in zip(one.model.state_dict().items(), two.model.state_dict().items(), strict=True):
         assert torch.equal(a, b), f"{name}: min-max results do not depend on data order"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from calib.engine.context import ContextObjective
 from calib.engine.state import SiteState
 from calib.errors import NumericsError
 from calib.methods import GPTQ, ShiftScale, SiteMethod
-from calib.model import Call, Plan, Site, observing
+from calib.model import Call, Plan, observing
 from calib.nn import ActivationQuantizer, AttentionFormat, QuantLinear, attention_modules
 from calib.recipe import Recipe
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
@@ -141,7 +141,9 @@ class BlockCalibration:
         quantizer = state.quantizer(self.recipe.scheme.inputs)
         state.transform.remove_hooks()
         for group, moments in zip(state.site.groups, state.moments, strict=True):
-            inside = {p: m for p in group if self._planned(p) and isinstance(m := self.block.get_submodule(p), nn.Linear)}
+            inside = {
+                p: m for p in group if self._planned(p) and isinstance(m := self.block.get_submodule(p), nn.Linear)
+            }
             rounded = self._round(inside, moments.gram)
             importance = moments.second_moment.float() if moments.count else None
             for path, linear in inside.items():

@@ -30,7 +30,9 @@ class ContextObjective:
     quantized consumers (OS+ eq. 9 with the attention or gating as f; arXiv 2304.09145).
     """
 
-    def __init__(self, block: nn.Module, site: Site, runs: Sequence[Callable[[], Any]], masks: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self, block: nn.Module, site: Site, runs: Sequence[Callable[[], Any]], masks: Sequence[Tensor | None]
+    ) -> None:
         assert site.context is not None
         self.module = block.get_submodule(site.context)
         self.consumers = [block.get_submodule(path) for path in site.consumers]
@@ -74,11 +76,12 @@ class ContextObjective:
         self, shift: Tensor | None, lo: Tensor, hi: Tensor, inputs: AffineSpec | None, weights: AffineSpec
     ) -> Loss:
         """loss(s) for inputs shifted by z; lo, hi [n]: their channel extremes."""
-        with torch.no_grad():
-            target = self._outputs()
+        target: list[Tensor] = []  # computed when first asked for: most variants are ranked on few tokens only
 
         def loss(scale: Tensor) -> float:
             with torch.no_grad(), contextlib.ExitStack() as undo:
+                if not target:
+                    target.extend(self._outputs())
                 seen: dict[int, Tensor] = {}
 
                 def quantized(x: Tensor) -> Tensor:  # consumers share their input: quantize it once

@@ -44,7 +44,9 @@ class PrefixBuilder:
 
     def build(self) -> Prefix:
         assert all(k is not None for k in self.keys) and all(v is not None for v in self.values)
-        return Prefix.from_tensors(self.tokens, [k for k in self.keys if k is not None], [v for v in self.values if v is not None])
+        return Prefix.from_tensors(
+            self.tokens, [k for k in self.keys if k is not None], [v for v in self.values if v is not None]
+        )
 
 
 def supports_prefix(model: nn.Module) -> bool:
@@ -65,7 +67,8 @@ def choose_prefix(
     if isinstance(recipe.prefix, tuple):
         if not supports_prefix(model):
             raise InputError(
-                f"{type(model).__name__} cannot take prefix tokens", "use --prefix none; only full-attention decoders can"
+                f"{type(model).__name__} cannot take prefix tokens",
+                "use --prefix none; only full-attention decoders can",
             )
         return recipe.prefix, f"prefix: tokens {list(recipe.prefix)}, as asked"
     if not recipe.scheme.static or not supports_prefix(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def split_probes(batches: Sequence[Batch]) -> list[Batch]:
     size = next(iter(first.values())).shape[0]
     take = max(1, -(-PROBE_TOKENS // max(length, 1)))
     cuts = [0, take, 2 * take, min(4 * take, size), size]
-    for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, end in itertools.pairwise(cuts):
         if start < min(end, size):
             rows.append({k: v[start:end] for k, v in first.items()})
     return [*rows, *batches[1:]]

@@ -21,7 +21,7 @@ from calib.recipe import Recipe
 from calib.solvers import LinearObjective
 from calib.transforms import SiteTransform
 
-RANK_ROWS, EXACT_ROWS = 512, 2048
+RANK_ROWS, EXACT_ROWS = 256, 2048
 
 
 class SiteState:
@@ -55,7 +55,9 @@ class SiteState:
         if self.range.count == 0:
             raise NumericsError(f"{name} saw no calibration token", "give more data, or exclude the layer")
         if not bool(torch.isfinite(self.range.absmax).all()):
-            raise NumericsError(f"activations at {name} hold NaN or inf", "check the weights and the data, or exclude it")
+            raise NumericsError(
+                f"activations at {name} hold NaN or inf", "check the weights and the data, or exclude it"
+            )
         for i, moments in enumerate(list(self.moments)):
             if self.tokens[i]:
                 continue
@@ -106,7 +108,7 @@ class SiteState:
 
     @property
     def takes_shift(self) -> bool:
-        """True where the producer absorbs a shift too: quantized probabilities no longer sum to one, so v -> o may not."""
+        """True where the producer absorbs a shift too; quantized probabilities do not sum to one, so v -> o may not."""
         producer, site = self.target.producer, self.site.producer
         if not self.foldable or producer is None or site is None or not site.shift:
             return False

@@ -9,7 +9,17 @@ from calib.methods.os_plus import OSPlus
 from calib.methods.smoothquant import SmoothQuant
 from calib.recipe import Recipe
 
-__all__ = ["GPTQ", "Hadamard", "OSPlus", "ShiftScale", "SiteMethod", "SiteView", "SmoothQuant", "WeightMethod", "resolve"]
+__all__ = [
+    "GPTQ",
+    "Hadamard",
+    "OSPlus",
+    "ShiftScale",
+    "SiteMethod",
+    "SiteView",
+    "SmoothQuant",
+    "WeightMethod",
+    "resolve",
+]
 
 
 def resolve(recipe: Recipe) -> tuple[list[SiteMethod], GPTQ | None]:

@@ -57,4 +57,6 @@ class WeightMethod(Protocol):
 
     name: str
 
-    def quantize(self, weight: Tensor, gram: Tensor, spec: AffineSpec, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]: ...
+    def quantize(
+        self, weight: Tensor, gram: Tensor, spec: AffineSpec, recipe: Recipe
+    ) -> tuple[Tensor, Tensor, Tensor]: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +11,13 @@ from torch import Tensor
 from calib.errors import InputError
 from calib.methods.base import ShiftScale, SiteView
 from calib.recipe import Recipe
-from calib.solvers import midpoint, search_exhaustive, search_fast
+from calib.solvers import midpoint, rank_coarse, search_exhaustive, search_fast
 
 
 class OSPlus:
     """Observes channel extremes; solves eqs. 5, 8 and 9 of arXiv 2304.09145.
 
-    rotation: the Hadamard block for a width, where the recipe offers one; a site that can be rotated is searched both
+    rotation: the Hadamard block for a width, where the recipe offers one: a site that can be rotated is ranked both
     ways and keeps the cheaper.
     """
 
@@ -28,38 +29,62 @@ class OSPlus:
         self.rotation = rotation
 
     def solve(self, site: SiteView, recipe: Recipe) -> ShiftScale:
-        """(z, s) of one site. ``shift="auto"`` keeps z only where it lowers the objective: after GELU, say, it moves the
-        many values near 0 off the grid's exact zero and costs more than it gives."""
-        z = midpoint(site.lo, site.hi) if recipe.shift and site.can_shift else None
-        found = self._scale(site, recipe, z)
-        if z is not None and recipe.shift == "auto":
-            plain = self._scale(site, recipe, None)
-            losses = {"loss_with_shift": found.detail["loss"], "loss_without_shift": plain.detail["loss"]}
-            found = found if losses["loss_with_shift"] <= losses["loss_without_shift"] else plain
-            found.detail |= losses
-        block = self.rotation(len(site.lo)) if self.rotation is not None and site.can_rotate else 1
-        if block > 1:
-            rotated = self._scale(site, recipe, None, block)
-            losses = {"loss_rotated": rotated.detail["loss"], "loss_unrotated": found.detail["loss"]}
-            found = rotated if losses["loss_rotated"] < losses["loss_unrotated"] else found
-            found.detail |= losses | {"hadamard": found.hadamard}
-        return found
+        """(z, s), perhaps with a rotation, of one site: the cheapest variant that recipe and site allow.
 
-    def _scale(self, site: SiteView, recipe: Recipe, shift: Tensor | None, hadamard: int = 1) -> ShiftScale:
-        lo, hi = (site.lo, site.hi) if shift is None else (site.lo - shift, site.hi - shift)
-        absmax = (-lo).maximum(hi)
-        few, many = site.objective(shift, hadamard)
-        if not (recipe.scale and site.can_scale):
-            loss = many(torch.ones_like(lo))
-            return ShiftScale(shift, None, hadamard, {"loss": loss, "identity_loss": loss})
+        ``shift="auto"`` tries z and none: after GELU, say, a shift moves the many values near 0 off the grid's exact
+        zero and costs more than it gives.
+        """
+        shift = midpoint(site.lo, site.hi) if recipe.shift and site.can_shift else None
+        block = self.rotation(len(site.lo)) if self.rotation is not None and site.can_rotate else 1
+        variants = [_Variant(site, shift)]
+        if shift is not None and recipe.shift == "auto":
+            variants.append(_Variant(site, None))
+        if block > 1:
+            variants.append(_Variant(site, None, block))
+        scales = bool(recipe.scale) and site.can_scale
+        if not scales:
+            losses = [v.many(torch.ones_like(v.absmax)) for v in variants]
+            best = min(range(len(variants)), key=lambda i: losses[i])
+            found = variants[best]
+            fixed = {"loss": losses[best], "identity_loss": losses[best]}
+            return ShiftScale(found.shift, None, found.hadamard, fixed | _variant_losses(variants, losses))
         if recipe.search == "exhaustive":
-            search = search_exhaustive(absmax, many)
-        else:
-            search = search_fast(absmax, few, many)
-        detail = {
+            searches = [search_exhaustive(v.absmax, v.many) for v in variants]
+            losses = [search.loss for search in searches]
+            best = min(range(len(variants)), key=lambda i: losses[i])
+            search = searches[best]
+        else:  # choose the variant on few rows, then search it alone
+            coarse = [rank_coarse(v.absmax, v.few) for v in variants]
+            losses = [min(loss for _, loss in points) for points in coarse]
+            best = min(range(len(variants)), key=lambda i: losses[i])
+            search = search_fast(variants[best].absmax, variants[best].few, variants[best].many, coarse[best])
+        detail: dict[str, Any] = {
             "threshold": search.threshold,
             "loss": search.loss,
             "identity_loss": search.identity_loss,
             "curve": [list(point) for point in search.curve],
         }
-        return ShiftScale(shift, search.scale if search.threshold < float("inf") else None, hadamard, detail)
+        scale = search.scale if search.threshold < float("inf") else None
+        found = variants[best]
+        return ShiftScale(found.shift, scale, found.hadamard, detail | _variant_losses(variants, losses))
+
+
+class _Variant:
+    """One way to treat a site: shifted or not, rotated or not."""
+
+    def __init__(self, site: SiteView, shift: Tensor | None, hadamard: int = 1) -> None:
+        self.shift, self.hadamard = shift, hadamard
+        lo, hi = (site.lo, site.hi) if shift is None else (site.lo - shift, site.hi - shift)
+        self.absmax = (-lo).maximum(hi)
+        self.few, self.many = site.objective(shift, hadamard)
+
+    @property
+    def name(self) -> str:
+        return "rotated" if self.hadamard > 1 else "plain" if self.shift is None else "shifted"
+
+
+def _variant_losses(variants: list[_Variant], losses: list[float]) -> dict[str, Any]:
+    """What the variants cost, where there was a choice."""
+    if len(variants) == 1:
+        return {}
+    return {"variants": {variant.name: loss for variant, loss in zip(variants, losses, strict=True)}}

@@ -109,7 +109,9 @@ def make_plan(model: nn.Module, recipe: Recipe, batch: Batch) -> Plan:
     apply_rewrites(model, rewrites)
     found = linears(model)
     if not found:
-        raise ModelError(f"{type(model).__name__} has no linear layers to quantize", "calib quantizes nn.Linear and Conv1D")
+        raise ModelError(
+            f"{type(model).__name__} has no linear layers to quantize", "calib quantizes nn.Linear and Conv1D"
+        )
     stacks = find_stacks(model, batch)
     plan = Plan({}, stacks, {}, rewrites)
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -158,7 +160,12 @@ def _try_fold(
 
 
 def _settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe: Recipe) -> None:
-    site_of = {f"{block.name}.{path}": site for block in plan.blocks.values() for site in block.sites for path in site.consumers}
+    site_of = {
+        f"{block.name}.{path}": site
+        for block in plan.blocks.values()
+        for site in block.sites
+        for path in site.consumers
+    }
     rules = {rule: re.compile(rule) for rule in recipe.scheme.exclude}
     hits = dict.fromkeys(rules, 0)
     shared = _shared_weights(model)
@@ -185,7 +192,9 @@ def _settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe
             if transforming:
                 entry.fold = planned_fold(site, recipe)
                 entry.status = "transformed" if entry.fold else "quantized"
-                entry.reason = "" if entry.fold else (site.note or f"site class {site.kind} is not among {recipe.sites}")
+                entry.reason = (
+                    "" if entry.fold else (site.note or f"site class {site.kind} is not among {recipe.sites}")
+                )
         entry.site = "" if site is None else site.kind
     for rule, count in hits.items():
         if not count:
@@ -208,7 +217,11 @@ def planned_fold(site: Site, recipe: Recipe) -> str:
         parts += [f"{site.producer.path}: {' and '.join(halves)}"] if halves else []
         if "fused" in recipe.sites and recipe.shift and not shift and "os+" in methods:
             parts.append("fused: shift")
-    if "fused" in recipe.sites and not any(p.startswith((site.producer.path if site.producer else "-")) for p in parts) and "os+" in methods:
+    if (
+        "fused" in recipe.sites
+        and not any(p.startswith(site.producer.path if site.producer else "-") for p in parts)
+        and "os+" in methods
+    ):
         halves = [half for half, on in (("shift", recipe.shift), ("scale", recipe.scale)) if on]
         parts += [f"fused: {' and '.join(halves)}"] if halves else []
     return ", ".join(parts)

@@ -196,7 +196,7 @@ def _find_context(trace: Trace, site: Site, group: list[Op]) -> None:
     Set only where the consumers' outputs meet before the next Linear (attention, gating): there their errors are
     judged together, elsewhere the plain output of the Linears is judged.
     """
-    members = set(id(op) for op in group)
+    members = {id(op) for op in group}
     joined, stops = _next_linears(trace, group, members)
     if not joined or not stops:
         return
@@ -220,7 +220,7 @@ def _find_context(trace: Trace, site: Site, group: list[Op]) -> None:
 
 
 def _next_linears(trace: Trace, group: list[Op], members: set[int]) -> tuple[bool, list[str]]:
-    """Follow the group's outputs to the next Linears. joined: attention or a product of two of its tensors lies between."""
+    """Follow the group's outputs to the next Linears. joined: attention or gating lies between."""
     reached = {id(t) for op in group for t in op.outputs}
     joined, stops = False, []
     for op in trace.ops:

@@ -18,10 +18,45 @@ from torch.overrides import TorchFunctionMode
 
 # Ops that move values without changing them; the tensor moved is the first argument.
 MOVES = frozenset(
-    "view reshape transpose permute contiguous flatten unflatten squeeze unsqueeze expand expand_as repeat "
-    "repeat_interleave chunk split split_with_sizes tensor_split unbind narrow select __getitem__ index_select movedim "
-    "swapaxes clone detach to float half bfloat16 type type_as view_as reshape_as dropout "
-    "Tensor.T.__get__ Tensor.mT.__get__".split()
+    [
+        "view",
+        "reshape",
+        "transpose",
+        "permute",
+        "contiguous",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "expand_as",
+        "repeat",
+        "repeat_interleave",
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "tensor_split",
+        "unbind",
+        "narrow",
+        "select",
+        "__getitem__",
+        "index_select",
+        "movedim",
+        "swapaxes",
+        "clone",
+        "detach",
+        "to",
+        "float",
+        "half",
+        "bfloat16",
+        "type",
+        "type_as",
+        "view_as",
+        "reshape_as",
+        "dropout",
+        "Tensor.T.__get__",
+        "Tensor.mT.__get__",
+    ]
 )
 MULTIPLY = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
 MATMUL = frozenset({"matmul", "bmm", "__matmul__"})
@@ -104,7 +139,7 @@ class _Recorder(TorchFunctionMode):
         if self.depth == 0 and not stands_in:
             inputs = {id(t) for t in tensors_in((args, kwargs))}
             outputs = tuple(tensors_in(result))
-            in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i")
+            in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
             if outputs and (in_place or not all(id(t) in inputs for t in outputs)):
                 self.trace.add(Op(name, func, args, kwargs, outputs))
         return result

@@ -9,12 +9,12 @@ from calib.nn.prefix import Prefix, StatelessCache
 __all__ = [
     "ActivationQuantizer",
     "AttentionFormat",
-    "attention_modules",
-    "route_attention",
     "Prefix",
     "QuantLinear",
     "StatelessCache",
+    "attention_modules",
     "best_block",
     "block_hadamard",
     "hadamard_matrix",
+    "route_attention",
 ]

@@ -77,8 +77,10 @@ def route_attention(model: nn.Module) -> None:
     AttentionInterface.register(NAME, quantized_attention)
     AttentionMaskInterface.register(NAME, eager_mask)
     config = getattr(model, "config", None)
-    if config is None or not getattr(model, "_supports_attention_backend", False) and not attention_modules(model):
-        raise InputError(f"the attention of {type(model).__name__} cannot be quantized", "drop --kv-bits/--attention-bits")
+    if config is None or (not getattr(model, "_supports_attention_backend", False) and not attention_modules(model)):
+        raise InputError(
+            f"the attention of {type(model).__name__} cannot be quantized", "drop --kv-bits/--attention-bits"
+        )
     model.set_attn_implementation(NAME)  # type: ignore[operator]
 
 

@@ -45,9 +45,7 @@ def _matrix(order: int) -> Tensor:
             return torch.kron(core, _signs([[1, 1], [1, -1]])) + torch.kron(
                 torch.eye(half), _signs([[1, -1], [-1, -1]])
             )
-    raise InputError(
-        f"no known Hadamard matrix of order {order}", "choose a power of two that divides the width"
-    )
+    raise InputError(f"no known Hadamard matrix of order {order}", "choose a power of two that divides the width")
 
 
 def _signs(rows: list[list[int]]) -> Tensor:

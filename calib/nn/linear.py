@@ -55,12 +55,8 @@ class QuantLinear(nn.Module):
         self.input = input_quantizer
         eight = weight_spec.bits == 8
         words = packed_width(in_features, weight_spec.bits)
-        self.register_buffer(
-            "weight", torch.zeros(out_features, in_features, dtype=torch.int8) if eight else None
-        )
-        self.register_buffer(
-            "weight_packed", None if eight else torch.zeros(out_features, words, dtype=torch.int32)
-        )
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8) if eight else None)
+        self.register_buffer("weight_packed", None if eight else torch.zeros(out_features, words, dtype=torch.int32))
         shape = self._scale_shape()
         self.register_buffer("weight_scale", torch.ones(shape, dtype=torch.float32))
         zero_point = None if weight_spec.symmetric else torch.zeros(shape, dtype=torch.int32)
@@ -151,13 +147,9 @@ class QuantLinear(nn.Module):
         if self.mode == "packed":
             return self.kernel(x)
         if self._decoded is None:
-            with torch.inference_mode(
-                False
-            ):  # so that a model first run in inference mode can still be tuned
+            with torch.inference_mode(False):  # so that a model first run in inference mode can still be tuned
                 self._decoded = self.dequantize()
-        return F.linear(
-            self.input(x), self._decoded.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        )
+        return F.linear(self.input(x), self._decoded.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def _forget(self) -> None:
         self._decoded, self._kernel = None, None

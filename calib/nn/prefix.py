@@ -40,7 +40,7 @@ class StatelessCache(DynamicCache):
 
 
 class Prefix(nn.Module):
-    """Float keys and values [1, kv_heads, P, head_dim] of P prefix tokens for each layer, primed into every new cache."""
+    """Float keys and values [layers, kv_heads, P, head_dim] of P prefix tokens, primed into every new cache."""
 
     keys: Tensor
     values: Tensor
@@ -74,12 +74,14 @@ class Prefix(nn.Module):
             cache.update(key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), layer)
 
     def install(self, model: nn.Module) -> None:
-        """Attach to a causal LM as ``model.calib_prefix``: every forward and ``generate`` then starts after the prefix."""
+        """Attach to a causal LM as ``model.calib_prefix``: every forward and ``generate`` starts after the prefix."""
         model.calib_prefix = self
         model.register_forward_pre_hook(_prime_inputs, with_kwargs=True)
 
 
-def _prime_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _prime_inputs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: prime an empty cache, widen the 2-D mask, move given positions past the prefix."""
     prefix = model.calib_prefix
     assert isinstance(prefix, Prefix)

@@ -18,9 +18,7 @@ from calib.errors import InputError
 Granularity = Literal["tensor", "channel", "group", "token"]
 RangeRule = Literal["minmax", "mse", "percentile"]
 EPS = torch.finfo(torch.float32).eps
-SMALLEST_SCALE = (
-    2.0**-100
-)  # below this a range is a point: its scale would overflow when inverted, so it becomes EPS
+SMALLEST_SCALE = 2.0**-100  # below this a range is a point: its scale would overflow when inverted, so it becomes EPS
 
 
 @dataclass(frozen=True)
@@ -130,9 +128,7 @@ def encode(x: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> Te
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
     """Values (fp32, shape of codes) of integer codes."""
-    return _values(grouped(codes, spec).to(torch.float32, copy=True), scale, zero_point, spec).reshape(
-        codes.shape
-    )
+    return _values(grouped(codes, spec).to(torch.float32, copy=True), scale, zero_point, spec).reshape(codes.shape)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
@@ -149,7 +145,5 @@ def fake_quantize_dynamic(x: Tensor, spec: AffineSpec) -> Tensor:
 def bits_per_weight(shape: tuple[int, int], spec: AffineSpec, scale_bits: int = 32) -> float:
     """Stored bits per weight including scales (and zero points, at the grid's own width)."""
     out, n = shape
-    scales = {"tensor": 1, "channel": out, "group": out * n // (spec.group_size or n), "token": out}[
-        spec.granularity
-    ]
+    scales = {"tensor": 1, "channel": out, "group": out * n // (spec.group_size or n), "token": out}[spec.granularity]
     return spec.bits + scales * (scale_bits + (0 if spec.symmetric else spec.bits)) / (out * n)

@@ -66,9 +66,7 @@ def _best_ratio(weight: Tensor, lo: Tensor, hi: Tensor, spec: AffineSpec, cost: 
     return best
 
 
-def _error(
-    weight: Tensor, lo: Tensor, hi: Tensor, ratio: float, spec: AffineSpec, cost: Tensor | None
-) -> Tensor:
+def _error(weight: Tensor, lo: Tensor, hi: Tensor, ratio: float, spec: AffineSpec, cost: Tensor | None) -> Tensor:
     error = fake_quantize(weight, *qparams(lo * ratio, hi * ratio, spec), spec).sub_(weight).square_()
     if cost is not None:
         error.mul_(cost)
@@ -168,6 +166,4 @@ def _like(x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
 
 def _require_finite(lo: Tensor, hi: Tensor, what: str) -> None:
     if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
-        raise NumericsError(
-            f"{what} holds NaN or infinity", "repair the checkpoint or the data, or exclude the layer"
-        )
+        raise NumericsError(f"{what} holds NaN or infinity", "repair the checkpoint or the data, or exclude the layer")

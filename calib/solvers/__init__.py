@@ -2,7 +2,7 @@
 
 from calib.solvers.gptq import gptq
 from calib.solvers.objective import LinearObjective, quantize_input, quantize_weight
-from calib.solvers.os_plus import Search, midpoint, scale_for, search_exhaustive, search_fast
+from calib.solvers.os_plus import Search, midpoint, rank_coarse, scale_for, search_exhaustive, search_fast
 from calib.solvers.smoothquant import smoothing_scale
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "midpoint",
     "quantize_input",
     "quantize_weight",
+    "rank_coarse",
     "scale_for",
     "search_exhaustive",
     "search_fast",

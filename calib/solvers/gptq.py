@@ -29,7 +29,7 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
 def gptq(
     weight: Tensor, gram: Tensor, spec: AffineSpec, damp: float = 0.01, act_order: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes int8 [m, n], scale and zero point (shaped as ``weight_range``'s) of weight [m, n] under inputs' X^T X [n, n].
+    """Codes int8 [m, n], scale, zero point (shaped as ``weight_range``'s) of weight [m, n]; gram [n, n]: inputs' X^T X.
 
     Scales come from the weight before rounding (groups too, so that columns may be taken in any order); act_order takes
     columns by falling energy. Columns without energy are rounded to nearest.

@@ -66,13 +66,27 @@ def search_exhaustive(absmax: Tensor, loss: Loss, grid: Sequence[float] | None =
     return Search(best[0], scale_for(absmax, best[0]), best[1], identity, tuple(curve))
 
 
-def search_fast(absmax: Tensor, rank: Loss, exact: Loss, refine: int = 6, keep: int = 3) -> Search:
-    """Rank a coarse grid and ``refine`` points around its best with ``rank``; score the best ``keep`` and s = 1 exactly.
+def rank_coarse(absmax: Tensor, rank: Loss) -> list[tuple[float, float]]:
+    """(threshold, loss) of s = 1 (threshold inf) and of the coarse grid, largest threshold first."""
+    first = (float("inf"), rank(torch.ones_like(absmax)))
+    return [first, *((t, rank(scale_for(absmax, t))) for t in coarse_grid(absmax))]
 
-    rank, exact: the same objective on few and on many rows. The scale returned is never worse than s = 1 on ``exact``.
+
+def search_fast(
+    absmax: Tensor,
+    rank: Loss,
+    exact: Loss,
+    coarse: Sequence[tuple[float, float]] | None = None,
+    refine: int = 6,
+    keep: int = 3,
+) -> Search:
+    """Rank a coarse grid and ``refine`` points around its best with ``rank``, then s = 1 and the best ``keep`` exactly.
+
+    rank, exact: the same objective on few and on many rows. coarse: ``rank_coarse``'s result, where it is known. The
+    scale returned is never worse than s = 1 on ``exact``.
     """
     ones = torch.ones_like(absmax)
-    ranked = [(t, rank(scale_for(absmax, t))) for t in coarse_grid(absmax)]
+    start, *ranked = coarse or rank_coarse(absmax, rank)
     if ranked:
         at = min(range(len(ranked)), key=lambda i: ranked[i][1])
         high, low = ranked[max(at - 1, 0)][0], ranked[min(at + 1, len(ranked) - 1)][0]
@@ -85,5 +99,5 @@ def search_fast(absmax: Tensor, rank: Loss, exact: Loss, refine: int = 6, keep: 
         score = exact(scale_for(absmax, threshold))
         if score < best[1]:
             best = (threshold, score)
-    curve = ((float("inf"), rank(ones)), *sorted(ranked, reverse=True))
+    curve = (start, *sorted(ranked, reverse=True))
     return Search(best[0], scale_for(absmax, best[0]), best[1], identity, curve)

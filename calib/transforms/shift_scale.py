@@ -92,7 +92,8 @@ def undone_on_failure(
 ) -> Iterator[list[float]]:
     """Prove what is done inside: the block's output before and after must agree, else every tensor is put back.
 
-    before: the output to compare with, where it is known. Yields a list that holds the relative error afterwards: the largest, over tokens, of |after - before| / |before|.
+    before: the output to compare with, where it is known. Yields a list that holds the relative error afterwards: the
+    largest, over tokens, of |after - before| / |before|.
     """
     modules: list[nn.Module] = [*transform.target.consumers]
     if transform.target.producer is not None:

@@ -53,7 +53,7 @@ class FoldTarget:
     producer: FoldProducer | None
 
     def tie(self, values: Tensor, reduce: str) -> Tensor:
-        """values [n] with channels that share a producer channel (grouped-query heads) made equal by ``amin``/``amax``."""
+        """values [n], made equal by ``amin``/``amax`` where channels share a producer channel (grouped-query heads)."""
         if self.producer is None:
             return values
         index = self.producer.index

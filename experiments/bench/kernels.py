@@ -31,9 +31,7 @@ TOKEN = AffineSpec(8, symmetric=False, granularity="token", dynamic=True)
 FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 
 
-def packed(
-    weight: Tensor, bias: Tensor, spec: AffineSpec, inputs: AffineSpec | None, affine: bool
-) -> QuantLinear:
+def packed(weight: Tensor, bias: Tensor, spec: AffineSpec, inputs: AffineSpec | None, affine: bool) -> QuantLinear:
     quantizer = ActivationQuantizer(inputs, weight.shape[1], shift=affine, rescale=affine)
     if quantizer.scale is not None and quantizer.zero_point is not None:
         scale, zero_point = qparams(torch.tensor(-4.0), torch.tensor(4.0), STATIC)
@@ -113,9 +111,7 @@ def main() -> None:
             for rows, best in cells.items():
                 ratio = {base: best[base] / best[name] for base in ("fp32", "bf16")}
                 line += f"{best[name]:10.3f} ({ratio['fp32']:.1f}/{ratio['bf16']:.1f}x)".rjust(24)
-                report["rows"].append(
-                    {"out": out, "in": n, "rows": rows, "kernel": name, "ms": round(best[name], 4)}
-                )
+                report["rows"].append({"out": out, "in": n, "rows": rows, "kernel": name, "ms": round(best[name], 4)})
                 report["rows"][-1] |= {f"x_{base}": round(value, 2) for base, value in ratio.items()}
             print(line, flush=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -3,8 +3,8 @@
     python experiments/main_job/run.py smollm2          # WikiText-2 test perplexity
     python experiments/main_job/run.py minilm           # SST-2 classifier: accuracy and logits error
 
-Finished cells are kept in results-<model>.json and skipped on the next run; --only 'A;B' runs the cells whose name holds
-A or B, --again repeats them. Calibration data are validation (WikiText-2) and training (SST-2) splits, never test.
+Finished cells are kept in results-<model>.json and skipped on the next run; --only 'A;B' runs the cells whose name
+holds A or B, --again repeats them. Calibration data are validation (WikiText-2) and train (SST-2) splits, never test.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ SMOLLM2 = [
     Cell("w8a8-static, os+, exact folds, prefix", "w8a8-static", "os+", {"sites": FOLDS}),
     Cell("w8a8-static, os+, prefix", "w8a8-static", "os+"),
     Cell("w8a8-static, hadamard,os+, prefix", "w8a8-static", "hadamard,os+"),
-    Cell("w8a8-static, hadamard,os+, float rows, no prefix", "w8a8-static", "hadamard,os+", {"float_rows": 0.005, **NEAREST}),
+    Cell(
+        "w8a8-static, hadamard,os+, float rows, no prefix",
+        "w8a8-static",
+        "hadamard,os+",
+        {"float_rows": 0.005, **NEAREST},
+    ),
     Cell("w8a8, no suppression", "w8a8", "rtn"),
     Cell("w8a8, smoothquant 0.8", "w8a8", "smoothquant:0.8"),
     Cell("w8a8, os+", "w8a8", "os+"),
@@ -159,7 +164,9 @@ def main() -> None:
             continue
         start = time.perf_counter()
         figures = run(cell, args)
-        described = {} if cell is None else {"scheme": cell.scheme, "method": cell.method, "options": repr(cell.options)}
+        described = (
+            {} if cell is None else {"scheme": cell.scheme, "method": cell.method, "options": repr(cell.options)}
+        )
         results = _stored(file)  # read anew: two runs may fill one table
         seconds = round(time.perf_counter() - start, 1)
         results["cells"][name] = {**described, **figures, "cell_seconds": seconds, **about}
