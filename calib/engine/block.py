@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from calib.engine.state import SiteState
 from calib.errors import NumericsError
 from calib.methods import GPTQ, ShiftScale, SiteMethod
 from calib.model import Call, Plan, observing
-from calib.nn import ActivationQuantizer, AttentionFormat, QuantLinear, attention_modules
+from calib.nn import AttentionFormat, QuantLinear, attention_modules
 from calib.recipe import Recipe
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
 
@@ -151,7 +152,7 @@ class BlockCalibration:
                     linear.weight.detach(),
                     None if linear.bias is None else linear.bias.detach(),
                     self.recipe.scheme.weights,
-                    _copy(quantizer),
+                    copy.deepcopy(quantizer),
                     importance=importance,
                     **rounded.get(path, {}),
                 )
@@ -194,16 +195,3 @@ def packed(block: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.set_mode("fake")
-
-
-def _copy(quantizer: ActivationQuantizer) -> ActivationQuantizer:
-    twin = ActivationQuantizer(
-        quantizer.spec,
-        quantizer.features,
-        shift=quantizer.shift is not None,
-        rescale=quantizer.rescale is not None,
-        hadamard=quantizer.hadamard,
-        float_rows=quantizer.float_rows,
-    )
-    twin.load_state_dict(quantizer.state_dict())
-    return twin
