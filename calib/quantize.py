@@ -149,7 +149,7 @@ def quantize(
     batch = small_batch(tokens.batches, rows=2, tokens=256)
     prefix_tokens, why = choose_prefix(network, plan, recipe, batch, tokenizer)
     plan.notes += [why] if why else []
-    _check_prefix(network, prefix_tokens)
+    _check_prefix(network, prefix_tokens, tokens, sequence_limit(getattr(network, "config", None), tokenizer))
     plan.prefix = prefix_tokens or None
     prefix = PrefixBuilder(network, prefix_tokens) if prefix_tokens else None
     if prefix is not None:
@@ -257,7 +257,8 @@ def _data(model: nn.Module, tokenizer: Any, data: Any, recipe: Recipe) -> TokenD
     )
     limit = sequence_limit(config, tokenizer) if config is not None else None
     asked = "seq_len" in recipe.model_fields_set and generative  # only a length asked for may be too long
-    length = recipe.seq_len if asked or limit is None else min(recipe.seq_len, limit)
+    room = len(recipe.prefix) if isinstance(recipe.prefix, tuple) else int(recipe.prefix == "auto" and generative)
+    length = recipe.seq_len if asked or limit is None else min(recipe.seq_len, limit - room)
     return calibration_data(
         data,
         tokenizer,
@@ -308,9 +309,13 @@ def _check_finite(model: nn.Module) -> None:
             raise NumericsError(f"weight {name} holds NaN or inf", "repair or download the checkpoint again")
 
 
-def _check_prefix(model: nn.Module, tokens: Sequence[int]) -> None:
+def _check_prefix(model: nn.Module, prefix: Sequence[int], data: TokenData, limit: int | None) -> None:
     size = _vocabulary(model)
-    for token in tokens:
+    longest = max(batch["input_ids"].shape[1] for batch in data)
+    if prefix and limit is not None and longest + len(prefix) > limit:
+        cause = f"windows of {longest} tokens after {len(prefix)} of a prefix are beyond the model's limit of {limit}"
+        raise InputError(cause, f"use --seq-len {limit - len(prefix)}, or --prefix none")
+    for token in prefix:
         if token < 0 or (size is not None and token >= size):
             raise InputError(f"prefix token {token} is not in the model's vocabulary of {size}", "choose other tokens")
 

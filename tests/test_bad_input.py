@@ -237,6 +237,11 @@ REQUESTS: dict[str, tuple[Make, int, tuple[str, ...]]] = {
     ),
     "empty prefix": (lambda z, g: (z.llama, ["--prefix", ""]), 2, ("no tokens", "auto, none")),
     "prefix token": (lambda z, g: (z.llama, ["--prefix", "1,9999"]), 2, ("9999", "vocabulary of 258")),
+    "prefix and windows": (
+        lambda z, g: (z.gpt2(), ["--prefix", "1,2", "--seq-len", "128"]),
+        2,
+        ("windows of 128", "--seq-len 126"),
+    ),
     "windows": (lambda z, g: (z.llama, ["--seq-len", "129"]), 2, ("129", "at most 128")),
     "stock with prefix": (
         lambda z, g: (z.llama, ["--format", "compressed-tensors", "--prefix", "1"]),

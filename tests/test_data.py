@@ -149,9 +149,7 @@ def test_token_dicts_pass_as_they_are() -> None:
 def test_endless_iterables_end(byte_tokenizer: Tokenizer) -> None:
     data = calibration_data((f"text {i} " for i in itertools.count()), byte_tokenizer, samples=4, seq_len=32)
     assert data.rows == 4
-    dicts: Iterator[dict[str, torch.Tensor]] = (
-        {"input_ids": torch.ones(1, 4).long()} for _ in itertools.count()
-    )
+    dicts: Iterator[dict[str, torch.Tensor]] = ({"input_ids": torch.ones(1, 4).long()} for _ in itertools.count())
     assert calibration_data(dicts, None, samples=4).rows == 4
 
 
@@ -219,9 +217,7 @@ def test_files_of_every_kind_give_the_same_documents(tmp_path: Path) -> None:
         ("a.parquet", b"PAR1", "as parquet"),
     ],
 )
-def test_bad_files_are_named(
-    byte_tokenizer: Tokenizer, tmp_path: Path, name: str, content: bytes, says: str
-) -> None:
+def test_bad_files_are_named(byte_tokenizer: Tokenizer, tmp_path: Path, name: str, content: bytes, says: str) -> None:
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(DataError, match=says) as caught:
@@ -257,16 +253,12 @@ def test_limit_comes_from_the_model_then_the_tokenizer(byte_tokenizer: Tokenizer
         calibration_data(["text"], byte_tokenizer, limit=64)
 
 
-def test_hub_data_streams_only_what_is_needed(
-    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_data_streams_only_what_is_needed(byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     asked: list[Any] = []
 
-    def load(
-        name: str, configuration: str | None, *, split: str, streaming: bool
-    ) -> Iterator[dict[str, str]]:
+    def load(name: str, configuration: str | None, *, split: str, streaming: bool) -> Iterator[dict[str, str]]:
         asked.append((name, configuration, split, streaming))
         return ({"text": f"paragraph {index}\n"} for index in itertools.count())
 

@@ -94,9 +94,7 @@ def test_classification_by_hand(byte_tokenizer: Tokenizer, tmp_path: Path) -> No
     file = tmp_path / "c.tsv"
     file.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
     result = classification(model, byte_tokenizer, file, batch_size=2)
-    expected = torch.stack(
-        [model.table(torch.tensor(byte_tokenizer(t)["input_ids"])).mean(0) for t, _ in rows]
-    )
+    expected = torch.stack([model.table(torch.tensor(byte_tokenizer(t)["input_ids"])).mean(0) for t, _ in rows])
     assert result.outputs is not None
     torch.testing.assert_close(result.outputs, expected.detach())
     right = int((expected.argmax(1) == torch.tensor([label for _, label in rows])).sum())

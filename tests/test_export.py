@@ -81,9 +81,7 @@ def gpt2() -> nn.Module:
 
 def mixtral() -> nn.Module:
     torch.manual_seed(0)
-    return rewritten(
-        MixtralForCausalLM(MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4)).eval()
-    )
+    return rewritten(MixtralForCausalLM(MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4)).eval())
 
 
 def quantized(
@@ -136,22 +134,16 @@ def logits(model: nn.Module) -> Tensor:
 
 
 OWN: dict[str, Callable[[], Any]] = {
-    "static with biases, tied": lambda: quantized(
-        llama(tie_word_embeddings=True), W8, STATIC, bias="v_proj o_proj"
-    ),
+    "static with biases, tied": lambda: quantized(llama(tie_word_embeddings=True), W8, STATIC, bias="v_proj o_proj"),
     "dynamic": lambda: quantized(llama(), W8T, TOKEN),
     "w4 group asymmetric": lambda: quantized(llama(tie_word_embeddings=True), W4GA, None),
-    "quantized head of a tied model": lambda: quantized(
-        llama(tie_word_embeddings=True), W3, None, skip="none"
-    ),
+    "quantized head of a tied model": lambda: quantized(llama(tie_word_embeddings=True), W3, None, skip="none"),
     "8-bit head of a tied model": lambda: quantized(llama(tie_word_embeddings=True), W8, None, skip="none"),
     "fused affine, hadamard, float rows": lambda: quantized(
         llama(), W6, STATIC, shift=True, rescale=True, hadamard=32, float_rows=True
     ),
     "prefix": lambda: prefixed(quantized(llama(), W8, STATIC)),
-    "a float linear that gained a bias": lambda: with_plain_bias(
-        quantized(llama(), W8, STATIC, skip="lm_head v_proj")
-    ),
+    "a float linear that gained a bias": lambda: with_plain_bias(quantized(llama(), W8, STATIC, skip="lm_head v_proj")),
     "bert": lambda: quantized(bert(), W8, STATIC, shift=True),
     "conv1d": lambda: quantized(gpt2(), W8, STATIC),
     "experts": lambda: quantized(mixtral(), W8, TOKEN),
@@ -169,9 +161,7 @@ def test_own_format_gives_the_model_back(case: str, tmp_path: Path) -> None:
     have, want = loaded.state_dict(), model.state_dict()
     assert have.keys() == want.keys()
     assert all(have[k].dtype == want[k].dtype and torch.equal(have[k], want[k]) for k in want)
-    packed = logits(
-        hf.set_mode(loaded, "packed")
-    )  # sums in another order, so a code may flip, and this model is tiny
+    packed = logits(hf.set_mode(loaded, "packed"))  # sums in another order, so a code may flip, and this model is tiny
     assert float((packed - expected).abs().max()) <= 1e-2 * float(expected.max() - expected.min())
 
 
@@ -204,9 +194,7 @@ def test_stock_from_pretrained_loads_it_packed_and_saves_it_again(tmp_path: Path
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(calib.load(tmp_path / "again", mode="fake")), logits(model))
     prompt = IDS[:1, :4]
-    generated = [
-        m.generate(prompt, max_new_tokens=6, do_sample=False) for m in (model, hf.set_mode(loaded, "fake"))
-    ]
+    generated = [m.generate(prompt, max_new_tokens=6, do_sample=False) for m in (model, hf.set_mode(loaded, "fake"))]
     assert torch.equal(*generated)
     headless = AutoModel.from_pretrained(tmp_path / "out")
     assert isinstance(headless.layers[0].mlp.down_proj, QuantLinear)
@@ -234,16 +222,12 @@ def test_shards_and_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 CT: dict[str, Callable[[], Any]] = {
-    "static with biases, tied": lambda: quantized(
-        llama(tie_word_embeddings=True), W8, STATIC, bias="v_proj o_proj"
-    ),
+    "static with biases, tied": lambda: quantized(llama(tie_word_embeddings=True), W8, STATIC, bias="v_proj o_proj"),
     "static, tensor weights": lambda: quantized(llama(), W8T, STATIC),
     "static, asymmetric weights": lambda: quantized(llama(), Spec(8, symmetric=False), STATIC),
     "dynamic": lambda: quantized(llama(), W8, TOKEN),
     "w4a8 group": lambda: quantized(llama(), W4G, TOKEN),
-    "w4a16 group with biases, tied": lambda: quantized(
-        llama(tie_word_embeddings=True), W4G, None, bias="down_proj"
-    ),
+    "w4a16 group with biases, tied": lambda: quantized(llama(tie_word_embeddings=True), W4G, None, bias="down_proj"),
     "w3a16 channel": lambda: quantized(llama(), W3, None),
     "w8a16": lambda: quantized(llama(), W8, None),
     "two schemes": lambda: quantized(quantized(llama(), W8, STATIC, skip="lm_head mlp"), W4G, None),
@@ -304,9 +288,7 @@ def test_calib_runs_compressed_tensors_on_its_own_linears(case: str, tmp_path: P
     assert float((packed - expected).abs().max()) <= 1e-2 * float(expected.max() - expected.min())
     rewrite_tensors(
         tmp_path / "out",
-        lambda t: t.pop(
-            next(key for key in t if key.endswith("LayerNorm.weight") or key.endswith("layernorm.weight"))
-        ),
+        lambda t: t.pop(next(key for key in t if key.endswith("LayerNorm.weight") or key.endswith("layernorm.weight"))),
     )
     with pytest.raises(ModelError, match="is missing"):
         calib.load(tmp_path / "out")
@@ -438,16 +420,12 @@ def test_an_output_folder_that_holds_something_else(tmp_path: Path) -> None:
         checkpoint.save(model, None, tmp_path / "file", manifest={})
     checkpoint.save(model, None, tmp_path / "file", manifest={}, overwrite=True)
     checkpoint.save(model, None, tmp_path / "thesis", manifest={}, overwrite=True)
-    checkpoint.save(
-        model, None, tmp_path / "thesis", manifest={"second": True}
-    )  # its own output may be replaced
+    checkpoint.save(model, None, tmp_path / "thesis", manifest={"second": True})  # its own output may be replaced
     assert json.loads((tmp_path / "thesis" / "calib.json").read_text())["second"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "thesis"]
 
 
-def test_a_folder_with_more_than_a_model_is_never_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_with_more_than_a_model_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "notes").write_text("mine")
     monkeypatch.chdir(tmp_path / "work")
@@ -494,9 +472,7 @@ def test_changes_no_checkpoint_can_hold_are_named(tmp_path: Path) -> None:
 def test_verify_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = prefixed(quantized(llama(), W8, STATIC))
     folder = checkpoint.save(model, None, tmp_path / "own", manifest={})
-    inputs = reference_batch(
-        {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": torch.zeros(2)}
-    )
+    inputs = reference_batch({"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": torch.zeros(2)})
     assert list(inputs) == ["input_ids", "attention_mask"]
     expected = answer(model, inputs)
     report = calib.verify(folder, expected, inputs, tolerance=1e-2)

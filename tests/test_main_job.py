@@ -6,6 +6,7 @@ measured on test.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,6 @@ from model_zoo.sources import load_model
 
 pytestmark = pytest.mark.slow
 WINDOWS = {"windows": 8, "seq_len": 256}
-CALIBRATION = {"samples": 16, "seq_len": 256, "progress": False}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,6 +86,12 @@ def smollm2(shared: Path) -> tuple[nn.Module, Any, Path]:
     return model, tokenizer, shared / "data" / "wikitext-2"
 
 
+def quantized(model: nn.Module, tokenizer: Any, text: Path, method: str, **options: Any) -> calib.Result:
+    """A copy at static 8 bits: reading the GGUF file again would take longer."""
+    options |= {"samples": 16, "seq_len": 256, "tokenizer": tokenizer, "progress": False}
+    return calib.quantize(copy.deepcopy(model), "w8a8-static", method, text / "valid.txt", **options)
+
+
 @pytest.fixture(scope="module")
 def float_perplexity(smollm2: tuple[nn.Module, Any, Path]) -> float:
     model, tokenizer, text = smollm2
@@ -94,9 +100,9 @@ def float_perplexity(smollm2: tuple[nn.Module, Any, Path]) -> float:
 
 def test_language_model_without_suppression(smollm2: tuple[nn.Module, Any, Path], float_perplexity: float) -> None:
     """What the outliers do: without this the next test would show nothing."""
-    text = smollm2[2]
-    result = calib.quantize("smollm2-135m", "w8a8-static", "rtn", text / "valid.txt", prefix="none", **CALIBRATION)
-    found = perplexity(set_mode(result.model, "packed"), result.tokenizer, text / "test.txt", **WINDOWS)
+    model, tokenizer, text = smollm2
+    result = quantized(model, tokenizer, text, "rtn", prefix="none")
+    found = perplexity(set_mode(result.model, "packed"), tokenizer, text / "test.txt", **WINDOWS)
     assert found.value > 1.3 * float_perplexity
 
 
@@ -104,15 +110,15 @@ def test_language_model_to_a_verified_checkpoint(
     smollm2: tuple[nn.Module, Any, Path], float_perplexity: float, tmp_path: Path
 ) -> None:
     model, tokenizer, text = smollm2
-    linears = sum(m.weight.nbytes for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
-    embeddings = model.get_input_embeddings().weight.nbytes  # type: ignore[operator]
-    result = calib.quantize("smollm2-135m", "w8a8-static", "os+", text / "valid.txt", tmp_path / "out", **CALIBRATION)
+    result = quantized(model, tokenizer, text, "os+", out=tmp_path / "out")
     simulated = perplexity(result.model, tokenizer, text / "test.txt", **WINDOWS).value
     assert simulated < 1.08 * float_perplexity
     manifest = json.loads((tmp_path / "out" / "calib.json").read_text())
     assert manifest["report"]["verify"]["max_difference"] <= 1e-3
     assert manifest["report"]["verify"]["top1"] >= 0.99
 
+    linears = sum(m.weight.nbytes for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
+    embeddings = model.get_input_embeddings().weight.nbytes  # type: ignore[operator]
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert size <= 0.30 * linears + embeddings
     loaded = calib.load(tmp_path / "out")

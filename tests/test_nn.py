@@ -189,9 +189,7 @@ def test_from_float_rounds_to_nearest() -> None:
 
 def test_a_group_that_does_not_divide_is_named() -> None:
     with pytest.raises(InputError, match="group size 64 does not divide 100"):
-        QuantLinear(
-            100, 4, AffineSpec(4, granularity="group", group_size=64), ActivationQuantizer(None, 100), False
-        )
+        QuantLinear(100, 4, AffineSpec(4, granularity="group", group_size=64), ActivationQuantizer(None, 100), False)
 
 
 @pytest.mark.parametrize(("weights", "inputs"), list(itertools.product(WEIGHTS, INPUTS)))
@@ -215,9 +213,7 @@ def test_packed_is_fake(weights: str, inputs: str) -> None:
     st.integers(1, 20),
     st.integers(0, 10**6),
 )
-def test_packed_is_fake_for_any_shape(
-    weights: str, inputs: str, out: int, n: int, rows: int, seed: int
-) -> None:
+def test_packed_is_fake_for_any_shape(weights: str, inputs: str, out: int, n: int, rows: int, seed: int) -> None:
     torch.manual_seed(seed)
     module = linear(out, n, WEIGHTS[weights], INPUTS[inputs])
     assert_packed_is_fake(module, torch.randn(rows, n) * torch.logspace(-2, 2, n))
@@ -247,22 +243,16 @@ def test_packed_is_fake_with_float_rows(weights: str, symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
-def test_blocks_of_rows_and_tiles_of_weights_do_not_matter(
-    inputs: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_of_rows_and_tiles_of_weights_do_not_matter(inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 11, 48)
     x[1, 4, 2] = 700.0
     for weights, float_rows in itertools.product(("8-channel", "4-group"), (False, True)):
-        module = linear(
-            40, 48, WEIGHTS[weights], INPUTS[inputs], float_rows=float_rows, shift=True, hadamard=16
-        )
+        module = linear(40, 48, WEIGHTS[weights], INPUTS[inputs], float_rows=float_rows, shift=True, hadamard=16)
         whole = module.set_mode("packed")(x)
         with monkeypatch.context() as patch:
             patch.setattr(kernels, "BLOCK", 100)
             patch.setattr(kernels, "TILE", 1)
-            assert torch.allclose(
-                module.set_mode("packed")(x), whole, rtol=0, atol=5e-6 * float(whole.abs().max())
-            )
+            assert torch.allclose(module.set_mode("packed")(x), whole, rtol=0, atol=5e-6 * float(whole.abs().max()))
             assert_packed_is_fake(module, x, 5e-6)
 
 
@@ -314,9 +304,7 @@ def test_zero_rows_and_constant_channels() -> None:
         assert bool((module(x)[:, 2] == 0).all()) and torch.allclose(module(x)[1], torch.zeros(6), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("weights", "inputs"), [("8-channel", "static"), ("4-group", "float"), ("3-channel", "token")]
-)
+@pytest.mark.parametrize(("weights", "inputs"), [("8-channel", "static"), ("4-group", "float"), ("3-channel", "token")])
 def test_state_dict_round_trip_through_safetensors(weights: str, inputs: str, tmp_path: Path) -> None:
     module = linear(24, 48, WEIGHTS[weights], INPUTS[inputs], shift=True, rescale=True, hadamard=16)
     x = torch.randn(5, 48)
@@ -393,9 +381,7 @@ def test_describe_names_a_kernel_for_every_format() -> None:
 def test_a_machine_that_saturates_falls_back_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without VNNI pairs of products clamp to int16: the probe has to see it; weights to 63 stay exact."""
 
-    def saturating(
-        codes: Tensor, x_scale: float, zero: int, packed: Tensor, scale: Tensor, *rest: object
-    ) -> Tensor:
+    def saturating(codes: Tensor, x_scale: float, zero: int, packed: Tensor, scale: Tensor, *rest: object) -> Tensor:
         u = (codes.long() + 128).unsqueeze(1) * packed.long().unsqueeze(0)
         u = F.pad(u, (0, u.shape[-1] % 2)).unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
         return (u.sum(-1) - 128 * packed.long().sum(-1)).float()

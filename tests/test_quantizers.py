@@ -48,9 +48,7 @@ def sample(seed: int, rows: int, columns: int) -> Tensor:
 
 @few
 @given(specs(), st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 5))
-def test_every_path_gives_the_same_bits_inside_the_grid(
-    spec: AffineSpec, seed: int, rows: int, groups: int
-) -> None:
+def test_every_path_gives_the_same_bits_inside_the_grid(spec: AffineSpec, seed: int, rows: int, groups: int) -> None:
     x = sample(seed, rows, 8 * groups)
     scale, zero_point = qparams(*minmax(x, spec), spec)
     codes = encode(x, scale, zero_point, spec)
@@ -197,9 +195,7 @@ def test_mse_weight_range_is_the_brute_force_pick_and_blocks_do_not_matter() -> 
     spec = AffineSpec(3, True, "channel", range="mse")
     lo, hi = weight_range(weight, spec, cost)
     base = minmax(weight, spec)
-    errors = [
-        weighted_error(weight, base[0] * r, base[1] * r, spec, cost) for r in torch.arange(1.0, 0.29, -0.02)
-    ]
+    errors = [weighted_error(weight, base[0] * r, base[1] * r, spec, cost) for r in torch.arange(1.0, 0.29, -0.02)]
     best = torch.stack(errors).amin(0)
     assert torch.allclose(weighted_error(weight, lo, hi, spec, cost), best, rtol=1e-4)
     assert bool((weighted_error(weight, *base, spec, cost) > best * 1.05).any())
@@ -207,9 +203,7 @@ def test_mse_weight_range_is_the_brute_force_pick_and_blocks_do_not_matter() -> 
 
 @few
 @given(st.integers(2, 8), st.booleans(), st.integers(0, 10**6), st.booleans())
-def test_mse_tensor_range_is_never_worse_on_its_sample(
-    bits: int, symmetric: bool, seed: int, heavy: bool
-) -> None:
+def test_mse_tensor_range_is_never_worse_on_its_sample(bits: int, symmetric: bool, seed: int, heavy: bool) -> None:
     spec = AffineSpec(bits, symmetric, "tensor", range="mse")
     generator = torch.Generator().manual_seed(seed)
     rows, cost = torch.randn(64, 24, generator=generator), torch.rand(24, generator=generator)
@@ -242,9 +236,7 @@ def test_percentile_range(granularity: str) -> None:
     assert torch.allclose(lo.reshape(-1), want[0].reshape(-1), atol=1e-5)
     assert torch.allclose(hi.reshape(-1), want[1].reshape(-1), atol=1e-5)
     assert lo.shape == minmax(weight, spec)[0].shape
-    low, high = tensor_range(
-        weight, weight.amin(), weight.amax(), spec.with_(granularity="tensor", group_size=None)
-    )
+    low, high = tensor_range(weight, weight.amin(), weight.amax(), spec.with_(granularity="tensor", group_size=None))
     assert low == pytest.approx(-1.645, abs=0.1) and high == pytest.approx(1.645, abs=0.1)
 
 
@@ -269,9 +261,7 @@ def test_an_importance_that_does_not_fit_is_refused() -> None:
 @given(st.integers(2, 8), st.integers(0, 5), st.integers(1, 70), st.integers(0, 10**6))
 def test_pack_then_unpack_is_identity(bits: int, rows: int, columns: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(
-        -(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns), dtype=torch.int8, generator=generator
-    )
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns), dtype=torch.int8, generator=generator)
     packed = pack(codes, bits)
     assert packed.dtype == torch.int32 and packed.shape == (rows, packed_width(columns, bits))
     assert torch.equal(unpack(packed, bits, columns), codes)
@@ -283,9 +273,7 @@ def test_pack_then_unpack_is_identity(bits: int, rows: int, columns: int, seed: 
 def test_pack_is_the_layout_of_compressed_tensors(bits: int, columns: int) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     generator = torch.Generator().manual_seed(columns)
-    codes = torch.randint(
-        -(2 ** (bits - 1)), 2 ** (bits - 1), (5, columns), dtype=torch.int8, generator=generator
-    )
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, columns), dtype=torch.int8, generator=generator)
     theirs = helpers.pack_to_int32(codes, bits)
     assert torch.equal(pack(codes, bits), theirs)
     assert torch.equal(unpack(theirs, bits, columns), codes)

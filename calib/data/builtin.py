@@ -59,9 +59,7 @@ def _docstrings(module: str) -> str:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         return ""
-    path = (
-        Path(spec.origin).parent.joinpath(*rest.split(".")).with_suffix(".py") if rest else Path(spec.origin)
-    )
+    path = Path(spec.origin).parent.joinpath(*rest.split(".")).with_suffix(".py") if rest else Path(spec.origin)
     if not path.is_file():
         return ""
     with warnings.catch_warnings():

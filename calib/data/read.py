@@ -70,15 +70,11 @@ def read_labelled(path: PathLike) -> tuple[list[str], list[int]]:
     for number, row in enumerate(_rows(file), start=1):
         sentence, label = _cell(file, row, None, number), row.get("label")
         if label is None:
-            raise DataError(
-                f"{file} row {number} has no label", "name its columns in a header: sentence, label"
-            )
+            raise DataError(f"{file} row {number} has no label", "name its columns in a header: sentence, label")
         try:
             labels.append(int(str(label).strip()))
         except ValueError as error:
-            raise DataError(
-                f"{file} row {number}: label {label!r} is no class number", "use 0, 1, ..."
-            ) from error
+            raise DataError(f"{file} row {number}: label {label!r} is no class number", "use 0, 1, ...") from error
         sentences.append(sentence.strip())
     if not sentences:
         raise DataError(f"{file} has no rows", "give a file with sentences and labels")
@@ -154,9 +150,7 @@ def _rows(file: Path, column: str | None = None) -> Iterator[dict[str, object]]:
 def _table_rows(file: Path) -> Iterator[dict[str, object]]:
     text = io.StringIO(read_text(file), newline="")
     # GLUE's and STS-B's tab-separated tables quote nothing; commas need quotes.
-    table = (
-        csv.reader(text) if file.suffix == ".csv" else csv.reader(text, "excel-tab", quoting=csv.QUOTE_NONE)
-    )
+    table = csv.reader(text) if file.suffix == ".csv" else csv.reader(text, "excel-tab", quoting=csv.QUOTE_NONE)
     try:
         header = [name.strip() for name in next(table)]
         for number, cells in enumerate(table, start=1):
@@ -203,6 +197,4 @@ def _parquet_rows(file: Path, column: str | None) -> Iterator[dict[str, object]]
             for batch in table.iter_batches(columns=present):
                 yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
-        raise DataError(
-            f"cannot read {file} as parquet ({str(error)[:120]})", "write the file again"
-        ) from error
+        raise DataError(f"cannot read {file} as parquet ({str(error)[:120]})", "write the file again") from error

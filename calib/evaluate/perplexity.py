@@ -61,9 +61,7 @@ def perplexity(
     loss = torch.cat(losses)
     if not bool(loss.isfinite().all()):
         bad = int((~loss.isfinite()).nonzero()[0]) + 1
-        raise NumericsError(
-            f"the loss of window {bad} is not finite", "check the model's weights for NaN and infinity"
-        )
+        raise NumericsError(f"the loss of window {bad} is not finite", "check the model's weights for NaN and infinity")
     mean = float(loss.mean())
     ci95 = None
     if windows > 1:
@@ -107,6 +105,4 @@ def _exp(value: float) -> float:
     try:
         return math.exp(value)
     except OverflowError as error:
-        raise NumericsError(
-            f"a mean loss of {value:.0f} nats has no perplexity", "check the model"
-        ) from error
+        raise NumericsError(f"a mean loss of {value:.0f} nats has no perplexity", "check the model") from error

@@ -48,9 +48,7 @@ def classification(
         raise DataError(cause, "use data of the task the model was trained for")
     right = int((logits.argmax(dim=1) == torch.tensor(labels)).sum())
     seconds = time.perf_counter() - start
-    return Result(
-        "classification", "accuracy", right / n, _wilson(right, n), n, seconds, peak_rss_mib(), logits
-    )
+    return Result("classification", "accuracy", right / n, _wilson(right, n), n, seconds, peak_rss_mib(), logits)
 
 
 def similarity(
@@ -73,9 +71,7 @@ def similarity(
     n = len(scores)
     cosines = nn.functional.cosine_similarity(both[:n], both[n:], dim=1)
     if n < 2 or len(set(scores)) < 2:
-        raise DataError(
-            f"{path} has {n} pairs and {len(set(scores))} scores", "give 2 pairs or more of several scores"
-        )
+        raise DataError(f"{path} has {n} pairs and {len(set(scores))} scores", "give 2 pairs or more of several scores")
     value = float(stats.spearmanr(cosines.numpy(), scores).statistic)
     if math.isnan(value):
         raise NumericsError("all sentence pairs have the same cosine", "check the model's weights")
@@ -142,9 +138,7 @@ def _forward(
             batch = {key: value.to(device) for key, value in batch.items()}
             values = pick(model(**batch), batch).float().cpu()
             if not bool(values.isfinite().all()):
-                raise NumericsError(
-                    "the model's output is not finite", "check its weights for NaN and infinity"
-                )
+                raise NumericsError("the model's output is not finite", "check its weights for NaN and infinity")
             picked.append(values)
             bar.update(len(values))
     return torch.cat(picked)

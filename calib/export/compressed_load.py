@@ -58,9 +58,7 @@ def _groups(quantization: Mapping[str, Any]) -> dict[str, tuple[AffineSpec, Affi
         return None
     found: dict[str, tuple[AffineSpec, AffineSpec | None]] = {}
     for scheme in quantization.get("config_groups", {}).values():
-        if (scheme.get("format") or quantization.get("format")) not in LAYOUTS or scheme.get(
-            "output_activations"
-        ):
+        if (scheme.get("format") or quantization.get("format")) not in LAYOUTS or scheme.get("output_activations"):
             return None
         weights, inputs = scheme.get("weights"), scheme.get("input_activations")
         if weights is None or (inputs is not None and inputs.get("symmetric", True)):
@@ -92,9 +90,7 @@ def _spec(args: Mapping[str, Any]) -> AffineSpec:
     )
 
 
-def _take(
-    tensors: dict[str, Tensor], name: str, spec: AffineSpec, inputs: AffineSpec | None
-) -> dict[str, Any]:
+def _take(tensors: dict[str, Tensor], name: str, spec: AffineSpec, inputs: AffineSpec | None) -> dict[str, Any]:
     """Rename and reshape one linear's tensors in place; returns its group entry."""
 
     def move(old: str, new: str, dtype: torch.dtype) -> None:

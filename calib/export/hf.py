@@ -147,9 +147,7 @@ def build(model: PreTrainedModel, config: CalibConfig, dtype: torch.dtype) -> No
     """
     from calib.model.linears import apply_rewrites
 
-    rewrites = [
-        {**r, "name": name} for r in config.rewrites if (name := _resolve(model, r["name"])) is not None
-    ]
+    rewrites = [{**r, "name": name} for r in config.rewrites if (name := _resolve(model, r["name"])) is not None]
     apply_rewrites(model, rewrites)
     with torch.device("meta"):
         for group in config.groups:

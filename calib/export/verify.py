@@ -22,9 +22,7 @@ from calib.errors import ModelError, VerifyError
 from calib.export.files import MANIFEST, sha256, writing
 from calib.export.load import check_folder
 
-REFERENCE = (
-    Path("verify") / "reference.safetensors"
-)  # in a folder of its own: loaders read every top-level safetensors
+REFERENCE = Path("verify") / "reference.safetensors"  # in a folder of its own: loaders read every top-level safetensors
 ROWS, TOKENS, TAIL = 2, 64, 16
 STORED_LOGITS = 1 << 20  # past this many, only the last TAIL positions are kept
 TOLERANCE = {"float32": 1e-3, "float64": 1e-3, "float16": 5e-3, "bfloat16": 3e-2}  # of the logit range
@@ -157,9 +155,7 @@ def _compare(folder: Path, got: Tensor, wanted: Tensor) -> tuple[float, float]:
             f"{folder} answers in shape {list(got.shape)}, not {list(wanted.shape)}", "export the model again"
         )
     span = max(float(wanted.max() - wanted.min()), 1e-12)
-    return float((got - wanted).abs().max()) / span, float(
-        (got.argmax(-1) == wanted.argmax(-1)).float().mean()
-    )
+    return float((got - wanted).abs().max()) / span, float((got.argmax(-1) == wanted.argmax(-1)).float().mean())
 
 
 def _store(folder: Path, reference: Tensor, inputs: Mapping[str, Tensor]) -> None:
@@ -211,10 +207,6 @@ def _fresh_answer(folder: Path, batch: Path, own: bool) -> dict[str, Tensor]:
             check=False,
         )
         if child.returncode != 0 or not result.is_file():
-            lines = [line for line in child.stderr.splitlines() if line.strip()] or [
-                f"exit code {child.returncode}"
-            ]
-            raise VerifyError(
-                f"{folder} does not load in a fresh process: {lines[-1][:300]}", "export the model again"
-            )
+            lines = [line for line in child.stderr.splitlines() if line.strip()] or [f"exit code {child.returncode}"]
+            raise VerifyError(f"{folder} does not load in a fresh process: {lines[-1][:300]}", "export the model again")
         return {name: tensor.clone() for name, tensor in load_file(result).items()}

@@ -102,9 +102,11 @@ def smollm2(cell: Cell | None, args: argparse.Namespace) -> dict[str, Any]:
     if cell is None:
         model, tokenizer = load_model("smollm2-135m", progress=False)
         plain = perplexity(model, tokenizer, WIKITEXT / "test.txt", windows=40)
-        model, tokenizer = float_with_prefix([198])
-        primed = perplexity(model, tokenizer, WIKITEXT / "test.txt", windows=40)
-        return {"perplexity": plain.value, "ci95": plain.ci95, "with_prefix": primed.value}
+        primed = {}
+        for token in (198, 30):  # "\n" and ".", the two that the choice has fallen on
+            model, tokenizer = float_with_prefix([token])
+            primed[str(token)] = perplexity(model, tokenizer, WIKITEXT / "test.txt", windows=40).value
+        return {"perplexity": plain.value, "ci95": plain.ci95, "with_prefix": primed}
     options = {"samples": 64, "seq_len": 512, "seed": args.seed, **cell.options}
     result = calib.quantize("smollm2-135m", cell.scheme, cell.method, WIKITEXT / "valid.txt", **options)
     set_mode(result.model, "packed")
