@@ -57,6 +57,7 @@ class Zoo:
         path = self.folder / name
         if not path.exists():
             torch.manual_seed(0)
+            t.logging.disable_progress_bar()  # nothing of ours may stand on the captured stderr
             make(len(self.tokenizer)).save_pretrained(path)
             if tokenizer:
                 self.tokenizer.save_pretrained(path)
