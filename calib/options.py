@@ -67,6 +67,9 @@ class RecipeOptions:
     shift: Annotated[str, Option(help="Shift of os+: on, off, or auto, where it lowers a site's loss.")] = "auto"
     scale: Annotated[str, Option(help="Scale of os+: on or off.")] = "on"
     search: Annotated[str, Option(help="Threshold search of os+: fast or exhaustive.")] = "fast"
+    objective: Annotated[str, Option(help="What os+ minimises: context (attention, gating) or output (linears).")] = (
+        "context"
+    )
     damp: Annotated[float, Option(min=0.0, help="Damping of gptq, of the mean of its diagonal.")] = 0.01
     inputs: Annotated[str, Option(help="Calibrate a block on quantized or float outputs of those before it.")] = (
         "quantized"
@@ -87,6 +90,7 @@ class RecipeOptions:
             "shift": switch[one_of("shift", self.shift, ("auto", "on", "off"))],
             "scale": switch[one_of("scale", self.scale, ("on", "off"))],
             "search": one_of("search", self.search, ("fast", "exhaustive")),
+            "objective": one_of("objective", self.objective, ("context", "output")),
             "inputs": one_of("inputs", self.inputs, ("quantized", "float")),
             "damp": self.damp,
             "float_rows": self.float_rows,

@@ -71,6 +71,8 @@ class Recipe(_Data):
     methods: ``name`` or ``name:value`` (SmoothQuant's alpha, Hadamard's block). sites: which site classes may be
     transformed; ``fused`` lets the input quantizer carry what no producer can absorb. shift, scale: OS+'s two halves;
     shift ``auto`` keeps a site's shift only where it lowers the site's loss, True always shifts, as published.
+    objective: os+ judges q, k, v by the attention context and gate, up by their product (``context``), or all by the
+    plain output of its linears (``output``).
     prefix: ``auto`` looks for massive first-token activations under static grids; ``none``; or the token ids.
     float_rows: share of rows (the largest) that a static range leaves out and that run in float; 0 is off.
     inputs: whether a block is calibrated on what the quantized blocks before it produce, or on float.
@@ -82,6 +84,7 @@ class Recipe(_Data):
     shift: bool | Literal["auto"] = "auto"
     scale: bool = True
     search: Literal["fast", "exhaustive"] = "fast"
+    objective: Literal["context", "output"] = "context"
     prefix: Literal["auto", "none"] | tuple[int, ...] = "auto"
     float_rows: float = Field(0.0, ge=0, lt=1)
     inputs: Literal["quantized", "float"] = "quantized"

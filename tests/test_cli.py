@@ -112,6 +112,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--prefix 1,2": {"prefix": (1, 2)},
     "--prefix none": {"prefix": "none"},
     "--search exhaustive --inputs float": {"search": "exhaustive", "inputs": "float"},
+    "--objective output": {"objective": "output"},
     "--float-rows 0.01 --format calib": {"float_rows": 0.01, "format": "calib"},
     "--method os+,gptq --scheme w4a8": {"method": "os+,gptq", "scheme": "w4a8"},
 }

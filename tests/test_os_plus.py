@@ -211,3 +211,13 @@ def test_the_engine_solves_with_the_paper_formulas() -> None:
     folded = result.model.model.decoder.layers[0].final_layer_norm
     assert torch.allclose(folded.weight, layer.final_layer_norm.weight / s, rtol=1e-4)
     assert torch.allclose(folded.bias, (layer.final_layer_norm.bias - z) / s, rtol=1e-3, atol=1e-3)
+
+
+def test_the_objective_can_be_chosen() -> None:
+    data = batches("llama")
+    runs = [
+        calib.quantize(build("llama"), "w8a8-static", "os+", data, objective=o, progress=False)
+        for o in ("context", "output")
+    ]
+    joint, plain = (run.report["sites"]["model.layers.0.self_attn.q_proj+k_proj+v_proj"] for run in runs)
+    assert joint["identity_loss"] != plain["identity_loss"], "attention context and linear output are other losses"

@@ -81,7 +81,8 @@ class BlockCalibration:
     def solve(self, state: SiteState, method: SiteMethod) -> ShiftScale:
         """The method's (z, s) and rotation of one site."""
         probes = []
-        if state.site.context is not None and method.name == "os+" and self.recipe.scheme.inputs is not None:
+        joint = state.site.context is not None and self.recipe.objective == "context"
+        if joint and method.name == "os+" and self.recipe.scheme.inputs is not None:
             for count in (1, PROBES):
                 probes.append(ContextObjective(self.block, state.site, self.runs[:count], self.given.masks[:count]))
         found = method.solve(state.view(probes), self.recipe)
