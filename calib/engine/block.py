@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from calib.engine.context import ContextObjective
 from calib.engine.state import SiteState
 from calib.errors import NumericsError
-from calib.methods import GPTQ, ShiftScale, SiteMethod
+from calib.methods import ShiftScale, SiteMethod, WeightMethod
 from calib.model import Call, Plan, observing
 from calib.nn import AttentionFormat, QuantLinear, attention_modules
 from calib.recipe import Recipe
@@ -37,16 +37,18 @@ class BlockInput:
 class BlockCalibration:
     """Calibrates one block in place; ``record`` and ``notes`` tell what happened to its sites."""
 
-    def __init__(self, name: str, block: nn.Module, plan: Plan, recipe: Recipe, given: BlockInput) -> None:
+    def __init__(
+        self, name: str, block: nn.Module, plan: Plan, recipe: Recipe, rounding: WeightMethod | None, given: BlockInput
+    ) -> None:
         self.name, self.block, self.plan, self.recipe, self.given = name, block, plan, recipe, given
+        self.rounding = rounding
         self.runs = [functools.partial(c.run, block, h) for c, h in zip(given.calls, given.hidden, strict=True)]
         for parameter, value in block.named_parameters():
             if not bool(torch.isfinite(value).all()):
                 raise NumericsError(f"weight {name}.{parameter} holds NaN or inf", "repair the checkpoint")
         self.wanted = {path for path in plan.quantized() if path.startswith(name + ".")}
-        gram = any(method.partition(":")[0] == "gptq" for method in recipe.methods)
         self.states = [
-            SiteState(block, site, recipe, whole=all(map(self._planned, site.consumers)), gram=gram)
+            SiteState(block, site, recipe, whole=all(map(self._planned, site.consumers)), gram=rounding is not None)
             for site in plan.blocks[name].sites
             if any(map(self._planned, site.consumers))
         ]
@@ -168,10 +170,10 @@ class BlockCalibration:
         }
 
     def _round(self, linears: Mapping[str, nn.Linear], gram: Tensor | None) -> dict[str, dict[str, Tensor]]:
-        """GPTQ's codes for Linears of one input, solved together (one factorisation) where no range spans them."""
-        if gram is None or not linears:
+        """The rounding method's codes for Linears of one input, solved together where no range spans them."""
+        if self.rounding is None or gram is None or not linears:
             return {}
-        spec, method = self.recipe.scheme.weights, GPTQ()
+        spec, method = self.recipe.scheme.weights, self.rounding
         weights = [linear.weight.detach() for linear in linears.values()]
         if spec.granularity == "tensor":
             solved = [method.quantize(w, gram, spec, self.recipe) for w in weights]

@@ -53,7 +53,7 @@ class Engine:
         self, model: nn.Module, plan: Plan, recipe: Recipe, prefix: PrefixBuilder | None = None, progress: bool = True
     ) -> None:
         self.model, self.plan, self.recipe, self.prefix, self.progress = model, plan, recipe, prefix, progress
-        self.methods, _ = resolve(recipe)
+        self.methods, self.rounding = resolve(recipe)
         self.outcome = Outcome()
 
     def run(self, batches: Sequence[Batch]) -> Outcome:
@@ -82,7 +82,7 @@ class Engine:
 
         given = BlockInput(inputs.hidden, [calls[i] for calls in inputs.calls], inputs.masks, write_prefix)
         with self._timed("probe"):
-            work = BlockCalibration(name, block, self.plan, self.recipe, given)
+            work = BlockCalibration(name, block, self.plan, self.recipe, self.rounding, given)
         with self._timed("observe"):
             float_outputs = work.observe()
         for state in work.states:
