@@ -19,6 +19,7 @@ from calib.errors import CalibError, InputError, ModelError, NumericsError, Outp
 from calib.evaluate import peak_rss_mib
 from calib.export import checkpoint, compressed
 from calib.export.files import check_out
+from calib.export.hf import set_mode
 from calib.export.load import read_config
 from calib.export.verify import answer, reference_batch, verify
 from calib.methods import Hadamard, resolve
@@ -35,8 +36,8 @@ PLAN_TOKENS = 64
 
 @dataclass
 class Result:
-    """A quantized model, still in memory. ``model`` computes in floats what the packed checkpoint computes in
-    integers.
+    """A quantized model, still in memory. ``model`` gives the bits that the packed checkpoint gives on integer
+    kernels.
     """
 
     model: nn.Module
@@ -81,7 +82,10 @@ class Result:
             },
         }
         inputs = reference_batch(self.data[0])
-        reference = answer(self.model, inputs)
+        # other programs simulate in floats: what they are held against has to as well
+        mode = "float" if chosen == "compressed-tensors" else "fake"
+        reference = answer(set_mode(self.model, mode), inputs)
+        set_mode(self.model, "fake")
         self.report.pop("verify", None)
 
         def finish(stage: Path) -> dict[str, Any]:

@@ -282,7 +282,7 @@ class CalibHfQuantizer(HfQuantizer):
 
 
 def set_mode(model: nn.Module, mode: str) -> nn.Module:
-    """Switch every quantized linear to 'fake' or 'packed'."""
+    """Switch every quantized linear to 'packed', 'fake' or 'float' (see QuantLinear)."""
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.set_mode(mode)  # type: ignore[arg-type]

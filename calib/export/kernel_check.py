@@ -1,9 +1,9 @@
-"""Integer kernels against float arithmetic, linear by linear, on the inputs that a real forward gives them.
+"""This machine's kernels against the arithmetic that defines a linear, on the inputs that a real forward gives them.
 
-End to end the two cannot be compared closely: sums in another order differ by 1e-6, sooner or later an
-activation next to a rounding boundary takes the neighbouring code, and from there on a low-bit network
-differs like one whose embeddings carry 1e-6 of noise (SmolLM2-135M, static W8A8: 0.04 of the logit range
-either way).
+Integer kernels give the same bits, or nearly: on a machine that rescales in another order, sums differ by 1e-7,
+sooner or later an activation next to a rounding boundary takes the neighbouring code, and from there on a low-bit
+network differs like one whose embeddings carry that noise (SmolLM2-135M, static W8A8: 0.04 of the logit range).
+Linear by linear the two can be compared closely.
 """
 
 from __future__ import annotations

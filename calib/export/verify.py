@@ -38,9 +38,10 @@ KERNEL_TOLERANCE = {
 class VerifyReport:
     """max_difference: largest |logit - reference| over the reference's range. top1: share of equal arg max.
 
-    Of calib's own format the fresh process runs the float arithmetic of the reference, from the packed file,
-    for these; kernel_difference holds each integer kernel against it on the same inputs (see
-    kernel_check.py), and packed_* are the logits of the whole model on integer kernels, for information.
+    Of calib's own format the fresh process runs the arithmetic that defines the reference, from the packed file,
+    for these; kernel_difference holds each kernel of this machine against it on the same inputs (see
+    kernel_check.py), and packed_* are the logits of the whole model as ``calib.load`` runs it. Where every kernel
+    gives the same bits, as on CPUs with VNNI, those must agree as well.
     """
 
     max_difference: float
@@ -64,8 +65,8 @@ class VerifyReport:
         if self.kernel_difference is None:
             return text
         return (
-            f"{text}; kernels within {self.kernel_difference:.1e} linear by linear (running freely: "
-            f"{self.packed_difference:.1e} of the range, top-1 {self.packed_top1:.1%})"
+            f"{text}; on this machine's kernels within {self.packed_difference:.1e}, top-1 {self.packed_top1:.1%} "
+            f"(linear by linear within {self.kernel_difference:.1e})"
         )
 
 
@@ -141,6 +142,12 @@ def verify(
             "load with mode='fake', and report this as a bug",
         )
     packed, packed_top1 = _compare(folder, answers["packed"], wanted)
+    if kernels == 0 and not packed <= report.tolerance:
+        raise VerifyError(
+            f"{folder} on integer kernels differs from the model it was written from by {packed:.2e} of the logit "
+            f"range, more than {report.tolerance:.0e}, although each linear alone does not",
+            "report this as a bug",
+        )
     return replace(report, kernel_difference=kernels, packed_difference=packed, packed_top1=packed_top1)
 
 

@@ -1,8 +1,10 @@
-"""What runs: the one place that chooses a kernel for a packed QuantLinear on this machine.
+"""What runs: the one place that chooses a kernel for a QuantLinear on this machine.
 
-Every kernel computes what ``QuantLinear.forward`` computes in mode 'fake', from the same codes: the integer
-ones sum exactly in int32 and rescale in fp32, so they differ from it by the rounding of a float accumulation
-only. Operators have private names in torch and not every machine runs them right (without VNNI int8 products
+Where every product is one of integers, the layer is *defined* on them: the codes' products are summed exactly,
+then rounded in fp32 in one order, y = ((sum of (code - zero_point) w) x_scale) w_scale + bias. Mode 'fake'
+computes that in float GEMMs that cannot round ('exact'), mode 'packed' in int8 operators; both give the same
+bits, so a low-bit network, which amplifies the last bit into other codes, answers the same in both.
+Operators have private names in torch and not every machine runs them right (without VNNI int8 products
 saturate): each is probed once, with the extremes of its codes, against exact integers. Kernels record no
 gradients.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from calib.nn.linear import QuantLinear
 
 Operator = Literal["qlinear", "int_mm", "int4"]
+# int8 codes [M, in], x_scale, zero_point, bias -> ((sum of (code - zero_point) w) x_scale) w_scale + bias, fp32 [M, out]
+Product = Callable[[Tensor, float, int, "Tensor | None"], Tensor]
 
 TILE = 1 << 20  # weights decoded to float at a time: the tile stays in cache
 BLOCK = 1 << 19  # activations quantized at a time: larger temporaries page-fault on every call, up to 5x
@@ -40,12 +44,15 @@ class Kernel(Protocol):
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
-def select(module: QuantLinear) -> Kernel:
-    """The fastest kernel that serves the module's format here: integer GEMM, else transient float weight."""
-    reason = _refusal(module)
+def select(module: QuantLinear, exact: bool = False) -> Kernel:
+    """The fastest kernel for the module's format here, or with ``exact`` the one that defines its result."""
+    reason = _format_refusal(module)
     if not reason:
-        return _integer(module)
-    return _int4(module, reason) if _fits_int4(module) else _dequantize(module, reason)
+        machine = "" if exact else _machine_refusal(module)
+        return _integer(module, exact or bool(machine), machine)
+    if not exact and _fits_int4(module):
+        return _int4(module, reason)
+    return _dequantize(module, reason)
 
 
 def describe() -> dict[str, str]:
@@ -56,7 +63,7 @@ def describe() -> dict[str, str]:
     fallback = "dequantize: float weight by tiles, then float GEMM"
 
     def integer(bits: int, note: str) -> str:
-        return f"{fallback} ({many[bits]})" if many[bits] else f"int8: onednn qlinear, {note}"
+        return f"exact: integers in float GEMM ({many[bits]})" if many[bits] else f"int8: onednn qlinear, {note}"
 
     four = _refused("int4", 7)
     int4 = fallback if four else f"bf16, up to {INT4_ROWS} rows: int4pack of ATen; otherwise {fallback}"
@@ -70,56 +77,40 @@ def describe() -> dict[str, str]:
     }
 
 
-def _refusal(module: QuantLinear) -> str:
-    """Why no integer GEMM serves the module; empty where one does."""
-    weight, inputs, device = module.weight_spec, module.input.spec, module.weight_scale.device
+def _format_refusal(module: QuantLinear) -> str:
+    """Why the module's products are not sums of integers; empty where they are."""
+    weight, inputs = module.weight_spec, module.input.spec
     if inputs is None:
         return "activations are float"
     if not weight.symmetric or "group" in (weight.granularity, inputs.granularity):
         return "a scale or zero point changes inside a sum"
     if not 0 < module.in_features <= LONGEST or not module.out_features:
         return f"{module.in_features} inputs, {module.out_features} outputs"
+    return ""
+
+
+def _machine_refusal(module: QuantLinear) -> str:
+    """Why no int8 operator of this machine serves the module; empty where one does."""
+    device = module.weight_scale.device
     if device.type == "cpu":
-        return _refused("qlinear", 127 if weight.bits == 8 else 63)
+        return _refused("qlinear", 127 if module.weight_spec.bits == 8 else 63)
     if device.type == "cuda":
         odd = module.in_features % 8 or module.out_features % 8
         return "torch._int_mm wants multiples of 8" if odd else _refused("int_mm", 127, "cuda")
     return f"no integer GEMM known on {device.type}"
 
 
-def _integer(module: QuantLinear) -> Kernel:
-    """Codes of x, int32 sums of products, fp32 rescale; rows that leave a static range in float if asked."""
+def _integer(module: QuantLinear, exact: bool, reason: str) -> Kernel:
+    """Codes of x, exact sums of products, fp32 rescale; rows that leave a static range in float if asked."""
     quantizer, spec, columns = module.input, module.input.spec, module.in_features
     assert spec is not None
-    weight = module.codes().contiguous()
     scale = module.weight_scale.reshape(-1).float().expand(module.out_features).contiguous()
     bias = None if module.bias is None else module.bias.float()
-    sums = None if spec.symmetric else weight.sum(dim=1, dtype=torch.int32)
-    cpu, static = weight.device.type == "cpu", quantizer.scale is not None
+    static = quantizer.scale is not None
     step, zero = _scalars(quantizer.scale, quantizer.zero_point)
-    # A single row is memory-bound and wants plain codes: at 8 bits the checkpoint has them for nothing.
-    single = module.weight is weight and columns > 1 and not _refused("int_mm", 127)
-    plain = weight if single or not cpu else None
+    sums = None if static or spec.symmetric else module.codes().sum(dim=1, dtype=torch.int32) * scale
     float_rows = _tiled(module) if quantizer.watches_rows else None
-    no_zero = torch.zeros_like(scale, dtype=torch.int32)
-    packed = torch.ops.onednn.qlinear_prepack(weight, None) if plain is None else None
-
-    def product(codes: Tensor, x_scale: Tensor, zero_point: Tensor) -> Tensor:
-        nonlocal packed
-        if plain is not None and (not cpu or len(codes) == 1):
-            total = _int_mm(codes, plain)
-            if sums is not None:
-                total = total - zero_point * sums
-            y = total.float().mul_(scale).mul_(x_scale)
-            return y if bias is None else y.add_(bias)
-        if packed is None:
-            packed = torch.ops.onednn.qlinear_prepack(plain, None)
-        if static:
-            return _qlinear(codes, step, zero, packed, scale, no_zero, bias)
-        y = _qlinear(codes, 1.0, 0, packed, scale, no_zero, None)
-        if sums is not None:
-            y.addr_(zero_point.float().reshape(-1).expand(len(y)), sums * scale, alpha=-1)
-        return y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale.expand(len(y), 1), out=y)
+    product, name = (_exact(module, scale), "exact") if exact else _operator(module, scale)
 
     @torch.no_grad()
     def run(x: Tensor) -> Tensor:
@@ -127,12 +118,64 @@ def _integer(module: QuantLinear) -> Kernel:
             return x.new_zeros(*x.shape[:-1], len(scale))
         rows = x.reshape(-1, columns)
         codes, x_scale, zero_point, outside = _quantized(quantizer, rows)
-        y = product(codes, x_scale, zero_point).to(x.dtype)
+        if static:
+            y = product(codes, step, zero, bias)
+        else:
+            y = product(codes, 1.0, 0, None)
+            if sums is not None:
+                y.addr_(zero_point.float().reshape(-1).expand(len(y)), sums, alpha=-1)
+            y = y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale.expand(len(y), 1), out=y)
+        y = y.to(x.dtype)
         if float_rows is not None and outside is not None:
             y[outside] = float_rows(quantizer.transform(rows[outside]))
         return y.view(*x.shape[:-1], len(scale))
 
-    return _named(run, "int8 qlinear" if cpu else "int8 int_mm")
+    return _named(run, name, reason)
+
+
+def _operator(module: QuantLinear, scale: Tensor) -> tuple[Product, str]:
+    """torch's int8 operators: int_mm on CUDA and for single rows, else oneDNN's qlinear, and their name."""
+    weight = module.codes().contiguous()
+    cpu = weight.device.type == "cpu"
+    # A single row is memory-bound and wants plain codes: at 8 bits the checkpoint has them for nothing.
+    single = module.weight is weight and module.in_features > 1 and not _refused("int_mm", 127)
+    plain = weight if single or not cpu else None
+    sums = None if plain is None else plain.sum(dim=1, dtype=torch.int32)
+    no_zero = torch.zeros_like(scale, dtype=torch.int32)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None) if plain is None else None
+
+    def product(codes: Tensor, x_scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
+        nonlocal packed
+        if plain is not None and sums is not None and (not cpu or len(codes) == 1):
+            total = _int_mm(codes, plain)
+            y = (total - zero_point * sums if zero_point else total).float().mul_(x_scale).mul_(scale)
+            return y if bias is None else y.add_(bias)
+        if packed is None:
+            packed = torch.ops.onednn.qlinear_prepack(plain, None)
+        return _qlinear(codes, x_scale, zero_point, packed, scale, no_zero, bias)
+
+    return product, "int8 qlinear" if cpu else "int8 int_mm"
+
+
+def _exact(module: QuantLinear, scale: Tensor) -> Product:
+    """The same integers in float GEMMs wide enough for every partial sum; the module must outlive it."""
+    owner, spec = weakref.ref(module), module.input.spec
+    assert spec is not None
+    largest = int(module.codes().abs().sum(dim=1, dtype=torch.int64).amax())  # of |sum| a unit of activation
+
+    def product(codes: Tensor, x_scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
+        module = owner()
+        assert module is not None
+        reach = max(spec.qmax - zero_point, zero_point - spec.qmin)
+        dtype = torch.float32 if largest * reach < 1 << 24 else torch.float64
+        x = codes.to(dtype).sub_(zero_point)
+        y = torch.empty(len(codes), len(scale), device=codes.device)
+        for rows in _tiles(module):
+            y[:, rows] = (x @ module.codes(rows).to(dtype).t()).float()
+        y = y.mul_(x_scale).mul_(scale)
+        return y if bias is None else y.add_(bias)
+
+    return product
 
 
 def _quantized(quantizer: ActivationQuantizer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -211,18 +254,24 @@ def _dequantize(module: QuantLinear, reason: str) -> Kernel:
 def _tiled(module: QuantLinear) -> Callable[[Tensor], Tensor]:
     """x [M, in] -> x W^T + b in x's dtype, W decoded a tile of rows at a time; the module must outlive it."""
     owner = weakref.ref(module)  # a cycle would keep dead models in memory
-    out = module.out_features
-    step = out if module.weight_scale.device.type != "cpu" else max(16, TILE // max(module.in_features, 1))
 
     def matmul(x: Tensor) -> Tensor:
         module = owner()
         assert module is not None
-        y = x.new_empty(len(x), out)
-        for start in range(0, out, step):
-            y[:, start : start + step] = x @ module.dequantize(start, start + step).to(x.dtype).t()
+        y = x.new_empty(len(x), module.out_features)
+        for rows in _tiles(module):
+            y[:, rows] = x @ module.dequantize(rows).to(x.dtype).t()
         return y if module.bias is None else y.add_(module.bias.to(x.dtype))
 
     return matmul
+
+
+def _tiles(module: QuantLinear) -> Iterator[slice]:
+    """Rows of the weight to decode at a time: what stays in cache; on other devices all of them."""
+    out = module.out_features
+    step = out if module.weight_scale.device.type != "cpu" else max(16, TILE // max(module.in_features, 1))
+    for start in range(0, out, step):
+        yield slice(start, min(start + step, out))
 
 
 def _named(run: Callable[[Tensor], Tensor], name: str, reason: str = "") -> Kernel:

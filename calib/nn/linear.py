@@ -14,7 +14,7 @@ from calib.nn import kernels
 from calib.nn.activation import ActivationQuantizer, apply_keeping_dtypes
 from calib.quantizers import AffineSpec, decode, encode, pack, packed_width, qparams, unpack, weight_range
 
-Mode = Literal["fake", "packed"]
+Mode = Literal["packed", "fake", "float"]
 
 
 class QuantLinear(nn.Module):
@@ -22,10 +22,11 @@ class QuantLinear(nn.Module):
 
     Buffers are the checkpoint: ``weight`` int8 [out, in] at 8 bits, else ``weight_packed`` int32 [out,
     words]; ``weight_scale`` fp32 and ``weight_zero_point`` int32 (asymmetric only) of shape [1], [out, 1] or
-    [out, in/g, 1]; ``bias`` fp32 or model dtype [out]; ``input.*`` of ActivationQuantizer. ``mode`` 'fake'
-    computes in floats from the decoded weight (cached); 'packed' runs integer kernels where this machine has
-    one for the format, without gradients. What a mode prepares is dropped whenever the buffers are loaded,
-    moved, copied or set.
+    [out, in/g, 1]; ``bias`` fp32 or model dtype [out]; ``input.*`` of ActivationQuantizer. ``mode`` 'packed'
+    runs the fastest kernel this machine has for the format, 'fake' the arithmetic that defines the same result
+    (see kernels.py), 'float' F.linear on decoded values: rounded otherwise in the last bit, as other programs
+    simulate it, and the only one that records gradients ('fake' turns to it for an input that needs one). What
+    a mode prepares is dropped whenever the buffers are loaded, moved, copied or set.
     """
 
     weight: Tensor | None
@@ -63,7 +64,6 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight_zero_point", zero_point)
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
         self.mode: Mode = "fake"
-        self._decoded: Tensor | None = None
         self._kernel: kernels.Kernel | None = None
 
     def _scale_shape(self) -> tuple[int, ...]:
@@ -110,21 +110,17 @@ class QuantLinear(nn.Module):
             self.weight_packed = pack(codes, self.weight_spec.bits)
         self._forget()
 
-    def codes(self) -> Tensor:
-        """int8 codes [out, in]."""
+    def codes(self, rows: slice | None = None) -> Tensor:
+        """int8 codes [out, in], or those of some rows."""
         if self.weight is not None:
-            return self.weight
+            return self.weight if rows is None else self.weight[rows]
         assert self.weight_packed is not None
-        return unpack(self.weight_packed, self.weight_spec.bits, self.in_features)
+        words = self.weight_packed if rows is None else self.weight_packed[rows]
+        return unpack(words, self.weight_spec.bits, self.in_features)
 
-    def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of the weight (of transformed input) the codes stand for, module's dtype."""
-        rows = slice(start, stop)
-        if self.weight is not None:
-            codes = self.weight[rows]
-        else:
-            assert self.weight_packed is not None
-            codes = unpack(self.weight_packed[rows], self.weight_spec.bits, self.in_features)
+    def dequantize(self, rows: slice = slice(None)) -> Tensor:  # noqa: B008
+        """The weight (of transformed input) the codes stand for, or some of its rows; module's dtype."""
+        codes = self.codes(rows)
         one = self.weight_spec.granularity == "tensor"
         scale = self.weight_scale if one else self.weight_scale[rows]
         zero = self.weight_zero_point
@@ -138,21 +134,20 @@ class QuantLinear(nn.Module):
 
     @property
     def kernel(self) -> kernels.Kernel:
-        """What runs in mode 'packed' (``.kernel_name`` names it), chosen at first use."""
+        """What runs in this mode (``.kernel_name`` names it), chosen at first use."""
         if self._kernel is None:
-            self._kernel = kernels.select(self)
+            self._kernel = kernels.select(self, exact=self.mode == "fake")
         return self._kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mode == "packed":
-            return self.kernel(x)
-        if self._decoded is None:
-            with torch.inference_mode(False):  # so that a model first run in inference mode can still be tuned
-                self._decoded = self.dequantize()
-        return F.linear(self.input(x), self._decoded.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        wants_gradient = self.mode == "fake" and x.requires_grad and torch.is_grad_enabled()
+        if self.mode == "float" or wants_gradient:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(self.input(x), self.dequantize().to(x.dtype), bias)
+        return self.kernel(x)
 
     def _forget(self) -> None:
-        self._decoded, self._kernel = None, None
+        self._kernel = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         apply_keeping_dtypes(self, fn, recurse, ("weight_scale",))
@@ -167,11 +162,7 @@ class QuantLinear(nn.Module):
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_decoded": None,
-            "_kernel": None,
-        }  # a copy must not run on the original's buffers
+        return {**self.__dict__, "_kernel": None}  # a copy must not run on the original's buffers
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
