@@ -22,12 +22,12 @@ import typer
 from safetensors import SafetensorError
 
 import calib
-from calib.errors import CalibError, DataError, ModelError, NumericsError, OutputError
+from calib.errors import CalibError, DataError, Interrupted, ModelError, NumericsError, OutputError
 from calib.options import RecipeOptions, one_of, with_recipe_options
 from calib.recipe import METHODS, SCHEMES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INTERRUPTED = 130
+INTERRUPTED = Interrupted.exit_code
 
 app = typer.Typer(
     help="Make a transformer smaller and faster with answers that stay the same.",
@@ -76,20 +76,21 @@ def quantize(
 ) -> None:
     """Quantize a model and write a verified checkpoint."""
     _set_up(threads, quiet)
-    result = calib.quantize(
-        model,
-        data=data,
-        out=out,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        batch_size=batch_size,
-        overwrite=overwrite,
-        verified=verify,
-        dtype=_dtype(dtype),
-        progress=not quiet,
-        **recipe.arguments(model),
-    )
+    with _interruptible():
+        result = calib.quantize(
+            model,
+            data=data,
+            out=out,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            verified=verify,
+            dtype=_dtype(dtype),
+            progress=not quiet,
+            **recipe.arguments(model),
+        )
     if not quiet:
         print(_text(result))
     if as_json:
@@ -278,6 +279,15 @@ def _plain_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C with what it says of how to go on; typer would lose it."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Interrupted("interrupted", str(stop) or "nothing half-written was left as finished") from stop
 
 
 @contextlib.contextmanager

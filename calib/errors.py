@@ -65,3 +65,9 @@ class VerifyError(CalibError):
     """A written checkpoint does not answer like the model it came from."""
 
     exit_code = 7
+
+
+class Interrupted(CalibError):
+    """Ctrl-C, with what there is to go on from."""
+
+    exit_code = 130

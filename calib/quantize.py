@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from calib.data import TokenData, calibration_data, sequence_limit
-from calib.engine import Engine, PrefixBuilder, choose_prefix
+from calib.engine import Engine, Journal, PrefixBuilder, choose_prefix
 from calib.errors import CalibError, InputError, ModelError, NumericsError, OutputError
 from calib.evaluate import peak_rss_mib
 from calib.export import checkpoint, compressed
-from calib.export.files import check_out
+from calib.export.files import check_out, open_journal, sha256, writing
 from calib.export.hf import set_mode
-from calib.export.load import read_config
+from calib.export.load import load, read_config
+from calib.export.streamed import Shards
+from calib.export.streamed import write as write_streamed
 from calib.export.verify import answer, reference_batch, verify
 from calib.methods import Hadamard, resolve
-from calib.model import Plan, check_runs, make_plan, small_batch, takes_rotation
+from calib.model import Plan, Resident, make_plan, small_batch, takes_rotation
 from calib.nn import QuantLinear, route_attention
 from calib.recipe import Recipe, Scheme
 from calib.recipe import recipe as make_recipe
@@ -36,11 +38,13 @@ PLAN_TOKENS = 64
 
 @dataclass
 class Result:
-    """A quantized model, still in memory. ``model`` gives the bits that the packed checkpoint gives on integer
-    kernels.
+    """What ``quantize`` gives: the plan, the report, the model.
+
+    ``model`` gives the bits that the packed checkpoint gives on integer kernels. Where the weights were streamed it
+    is loaded from ``out`` when first asked for.
     """
 
-    model: nn.Module
+    network: nn.Module
     tokenizer: Any
     recipe: Recipe
     plan: Plan
@@ -49,6 +53,12 @@ class Result:
     data: TokenData
     out: Path | None = None
     peak_rss_mib: float | None = field(default=None)
+
+    @property
+    def model(self) -> nn.Module:
+        if self.out is not None and any(p.device.type == "meta" for p in self.network.parameters()):
+            self.network = load(self.out, mode="fake")
+        return self.network
 
     def save(
         self,
@@ -63,29 +73,62 @@ class Result:
         The folder is reloaded in a fresh process, whose logits must match (``verified``), before it takes its
         place: what lies at ``out`` is finished. Raises OutputError, VerifyError.
         """
-        start = time.perf_counter()
-        before = self.seconds.get("total", 0.0)
-        reasons = compressed.expressible(self.model)
-        chosen = format if format != "auto" else ("calib" if reasons else "compressed-tensors")
+        model = self.model
+        chosen = self._choose(format, compressed.expressible(model))
+        writer = compressed if chosen == compressed.FORMAT else checkpoint
+        finish = self._finisher(model, chosen, verified)
+        self.out = writer.save(
+            model, self.tokenizer, Path(out), manifest=self._manifest(), overwrite=overwrite, finish=finish
+        )
+        return self.out
+
+    def _publish(
+        self,
+        journal: Journal,
+        shards: Shards,
+        store: Resident,
+        out: Path,
+        format: Format,
+        overwrite: bool,
+        verified: bool,
+    ) -> None:
+        """Make the journal the checkpoint at ``out``: as ``save``, but the blocks are written already."""
+        model = checkpoint.require_transformers(self.network)
+        chosen = self._choose(format, compressed.expressible(model, store) if format != "calib" else ())
+        self.out = write_streamed(
+            journal,
+            shards,
+            model,
+            store,
+            self.tokenizer,
+            out,
+            format=chosen,
+            manifest=self._manifest(),
+            overwrite=overwrite,
+            finish=self._finisher(model, chosen, verified),
+        )
+
+    def _choose(self, format: Format, reasons: Sequence[str]) -> str:
+        chosen = format if format != "auto" else ("calib" if reasons else compressed.FORMAT)
         if format == "auto" and reasons:
             self.report["format"] = f"calib: compressed-tensors cannot express {'; '.join(reasons)}"
         else:
             self.report["format"] = chosen
-        writer = compressed if chosen == "compressed-tensors" else checkpoint
-        manifest = {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "plan": self.plan.summary(),
-            "data": {
-                "source": self.data.source,
-                "fingerprint": self.data.fingerprint,
-                "tokens": self.data.tokens,
-            },
-        }
+        return chosen
+
+    def _manifest(self) -> dict[str, Any]:
+        data = {"source": self.data.source, "fingerprint": self.data.fingerprint, "tokens": self.data.tokens}
+        return {"recipe": self.recipe.model_dump(mode="json"), "plan": self.plan.summary(), "data": data}
+
+    def _finisher(self, model: nn.Module, format: str, verified: bool) -> Callable[[Path], dict[str, Any]]:
+        """What verifies a written folder against the model and adds report and times to its manifest."""
+        start = time.perf_counter()
+        before = self.seconds.get("total", 0.0)
         inputs = reference_batch(self.data[0])
         # other programs simulate in floats: what they are held against has to as well
-        mode = "float" if chosen == "compressed-tensors" else "fake"
-        reference = answer(set_mode(self.model, mode), inputs)
-        set_mode(self.model, "fake")
+        set_mode(model, "float" if format == compressed.FORMAT else "fake")
+        reference = answer(model, inputs)
+        set_mode(model, "fake")
         self.report.pop("verify", None)
 
         def finish(stage: Path) -> dict[str, Any]:
@@ -98,10 +141,7 @@ class Result:
             self.peak_rss_mib = peak_rss_mib()
             return {"report": self.report, "seconds": self.seconds, "peak_rss_mib": self.peak_rss_mib}
 
-        self.out = writer.save(
-            self.model, self.tokenizer, Path(out), manifest=manifest, overwrite=overwrite, finish=finish
-        )
-        return self.out
+        return finish
 
 
 def quantize(
@@ -136,10 +176,9 @@ def quantize(
     if out is not None:
         _check_apart(out, model, data)
         check_out(out, overwrite=overwrite)
-    network, tokenizer = _load(model, tokenizer, dtype, progress)
+    network, tokenizer, store = _load(model, tokenizer, dtype, progress, streamed=out is not None)
     if out is not None:
         checkpoint.require_transformers(network)
-    _check_finite(network)
     seconds["load"] = time.perf_counter() - started
 
     start = time.perf_counter()
@@ -147,7 +186,7 @@ def quantize(
     seconds["data"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    plan = _plan(network, recipe, tokens, format)
+    plan = _plan(network, recipe, tokens, format, store)
     if out is not None:
         check_out(out, overwrite=overwrite, needed_bytes=_stored_bytes(network, plan))
     batch = small_batch(tokens.batches, rows=2, tokens=256)
@@ -162,25 +201,50 @@ def quantize(
         route_attention(network)
     seconds["plan"] = time.perf_counter() - start
 
-    engine = Engine(network, plan, recipe, prefix, progress)
-    outcome = engine.run(tokens.batches)
-    if prefix is not None:
-        network.calib_prefix = prefix.build()
-    network.calib_rewrites = plan.rewrites  # type: ignore[assignment]
-    _check_done(network, plan)
-    plan.notes += outcome.notes
-    seconds |= outcome.seconds
-    report = {
-        "sites": outcome.sites,
-        "block_error": outcome.blocks,
-        "prefix": list(prefix_tokens),
-        "notes": plan.notes,
-    }
-    result = Result(network, tokenizer, recipe, plan, report, seconds, tokens)
-    seconds["total"] = time.perf_counter() - started
-    result.peak_rss_mib = peak_rss_mib()
-    if out is not None:
-        result.save(out, format, overwrite=overwrite, verified=verified)
+    blocks = [name for stack in plan.stacks for name in stack.names]
+    journal, shards = None, None
+    if out is not None and not isinstance(model, nn.Module):
+        fingerprint = _fingerprint(model, recipe, tokens, dtype)
+        journal = open_journal(out, fingerprint, anew=overwrite)
+        shards = Shards(checkpoint.require_transformers(network), blocks)
+        plan.notes += [f"resumed: {journal.resumed} of {len(blocks)} blocks were finished"] if journal.resumed else []
+    try:
+        engine = Engine(
+            network,
+            plan,
+            recipe,
+            prefix,
+            progress,
+            store=store,
+            journal=journal,
+            shards=None if shards is None else shards.blocks,
+        )
+        with writing(Path(out)) if out is not None else contextlib.nullcontext():
+            outcome = engine.run(tokens.batches)
+        if prefix is not None:
+            network.calib_prefix = prefix.build()
+        network.calib_rewrites = plan.rewrites  # type: ignore[assignment]
+        _check_done(network, plan)
+        plan.notes += outcome.notes
+        seconds |= outcome.seconds
+        report = {
+            "sites": outcome.sites,
+            "block_error": outcome.blocks,
+            "prefix": list(prefix_tokens),
+            "notes": plan.notes,
+        }
+        result = Result(network, tokenizer, recipe, plan, report, seconds, tokens)
+        seconds["total"] = time.perf_counter() - started
+        result.peak_rss_mib = peak_rss_mib()
+        if journal is not None and shards is not None and out is not None:
+            result._publish(journal, shards, store, Path(out), format, overwrite, verified)
+        elif out is not None:
+            result.save(out, format, overwrite=overwrite, verified=verified)
+    except (CalibError, KeyboardInterrupt) as error:
+        if journal is None:
+            raise
+        journal.close(remove=False)
+        raise _resumable(error, journal, len(blocks)) from error
     return result
 
 
@@ -200,9 +264,8 @@ def plan(
     """
     short = {**options, "samples": 2, "seq_len": 32}
     recipe = _recipe(scheme, method, format, torch.float32, scheme_options, short)
-    network, tokenizer = _load(model, tokenizer, torch.float32, progress)
-    _check_finite(network)
-    return _plan(network, recipe, _data(network, tokenizer, None, recipe), format)
+    network, tokenizer, store = _load(model, tokenizer, torch.float32, progress, streamed=True)
+    return _plan(network, recipe, _data(network, tokenizer, None, recipe), format, store)
 
 
 def _recipe(
@@ -224,25 +287,60 @@ def _recipe(
     return recipe
 
 
-def _load(model: Model, tokenizer: Any, dtype: torch.dtype, progress: bool) -> tuple[nn.Module, Any]:
+def _load(
+    model: Model, tokenizer: Any, dtype: torch.dtype, progress: bool, streamed: bool
+) -> tuple[nn.Module, Any, Resident]:
+    """The model, its tokenizer, and where its weights are: in its files where that can be, if ``streamed``."""
     if isinstance(model, nn.Module):
         if any(isinstance(m, QuantLinear) for m in model.modules()):
             raise InputError("the model is quantized already", "start from the float model")
         model = model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        _check_finite(model)
         # nn.Module's own cast: transformers refuses it on a model that was dequantized from a GGUF file
-        return nn.Module.to(model, dtype), tokenizer
-    from model_zoo import sources
+        return nn.Module.to(model, dtype), tokenizer, Resident()
+    from model_zoo import sources, stream
 
     source = sources.resolve(model, progress=progress)
     if source.gguf_file is None and (Path(source.path) / "config.json").is_file():  # known before it is loaded
         _check_float(source.name, read_config(Path(source.path)).get("quantization_config"))
-    network, found = sources.load_model(source, dtype=dtype, progress=progress)
+    store = Resident()
+    try:
+        if not streamed:
+            raise stream.NotStreamable("the result stays in memory", "give --out")
+        network, store, found = stream.open_streamed(source, dtype=dtype, progress=progress)
+    except stream.NotStreamable:
+        network, found = sources.load_model(source, dtype=dtype, progress=progress)
+        _check_finite(network)
     _check_float(source.name, getattr(network.config, "quantization_config", None))
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    return network, tokenizer if tokenizer is not None else found
+    return network, tokenizer if tokenizer is not None else found, store
+
+
+def _resumable(error: CalibError | KeyboardInterrupt, journal: Journal, blocks: int) -> BaseException:
+    """The error, saying how to go on where there is something to go on from."""
+    if not journal.folder.is_dir():
+        return error
+    hint = f"{journal.resumed} of {blocks} blocks are finished: run the same command again to go on"
+    return type(error)(error.cause, f"{error.fix}; {hint}") if isinstance(error, CalibError) else type(error)(hint)
+
+
+def _fingerprint(model: Model, recipe: Recipe, tokens: TokenData, dtype: torch.dtype) -> dict[str, Any]:
+    """All that decides what a run writes."""
+    from model_zoo import sources
+
+    assert not isinstance(model, nn.Module)
+    folder = Path(sources.resolve(model, progress=False).path)
+    files = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".gguf") or p.name == "config.json")
+    return {
+        "model": {file.name: sha256(file) for file in files} or str(model),
+        "data": tokens.fingerprint,
+        "recipe": recipe.model_dump(mode="json"),
+        "dtype": str(dtype),
+        "versions": checkpoint.versions(),
+    }
 
 
 def _check_float(name: str, config: Any) -> None:
@@ -276,11 +374,9 @@ def _data(model: nn.Module, tokenizer: Any, data: Any, recipe: Recipe) -> TokenD
     )
 
 
-def _plan(model: nn.Module, recipe: Recipe, tokens: TokenData, format: Format) -> Plan:
+def _plan(model: nn.Module, recipe: Recipe, tokens: TokenData, format: Format, store: Resident) -> Plan:
     """The plan, with all that is known before calibration checked against the recipe."""
-    batch = small_batch(tokens.batches, tokens=PLAN_TOKENS)
-    check_runs(model, batch)
-    plan = make_plan(model, recipe, batch)
+    plan = make_plan(model, recipe, small_batch(tokens.batches, tokens=PLAN_TOKENS), store)
     if format == "compressed-tensors" and (reasons := compressed.refusals(recipe, torch.float32, plan.rewrites)):
         raise InputError(f"compressed-tensors cannot express this: {'; '.join(reasons)}", "use --format calib, or auto")
     _check_rotation(plan, recipe)

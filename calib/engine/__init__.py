@@ -1,6 +1,7 @@
 """The block loop, with progress. Knows no file formats."""
 
+from calib.engine.journal import Journal
 from calib.engine.prefix import PrefixBuilder, choose_prefix
 from calib.engine.run import Engine, Outcome
 
-__all__ = ["Engine", "Outcome", "PrefixBuilder", "choose_prefix"]
+__all__ = ["Engine", "Journal", "Outcome", "PrefixBuilder", "choose_prefix"]

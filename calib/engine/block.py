@@ -16,7 +16,7 @@ from calib.engine.context import ContextObjective
 from calib.engine.state import SiteState
 from calib.errors import NumericsError
 from calib.methods import ShiftScale, SiteMethod, WeightMethod
-from calib.model import Call, Plan, observing
+from calib.model import Call, HiddenList, Plan, observing
 from calib.nn import AttentionFormat, QuantLinear, attention_modules
 from calib.recipe import Recipe
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
@@ -28,10 +28,14 @@ PROBES = 3  # the first batches, small ones: a search ranks on the first and sco
 class BlockInput:
     """What a block runs on: a hidden state, its other arguments and its token mask, for each batch."""
 
-    hidden: list[Tensor]
+    hidden: HiddenList
     calls: list[Call]
     masks: list[Tensor | None]
     refresh: Callable[[], None]  # writes the layer's prefix keys and values anew, after each fold
+
+    def run(self, block: nn.Module, i: int) -> Tensor:
+        """The block's hidden output of batch i."""
+        return self.calls[i].run(block, self.hidden[i])
 
 
 class BlockCalibration:
@@ -42,7 +46,7 @@ class BlockCalibration:
     ) -> None:
         self.name, self.block, self.plan, self.recipe, self.given = name, block, plan, recipe, given
         self.rounding = rounding
-        self.runs = [functools.partial(c.run, block, h) for c, h in zip(given.calls, given.hidden, strict=True)]
+        self.runs = [functools.partial(given.run, block, i) for i in range(len(given.calls))]
         for parameter, value in block.named_parameters():
             if not bool(torch.isfinite(value).all()):
                 raise NumericsError(f"weight {name}.{parameter} holds NaN or inf", "repair the checkpoint")
@@ -61,8 +65,8 @@ class BlockCalibration:
     def _planned(self, path: str) -> bool:
         return f"{self.name}.{path}" in self.wanted
 
-    def observe(self) -> list[Tensor]:
-        """One pass over all batches; the float outputs, kept only where the recipe hands floats on."""
+    def observe(self, outputs: HiddenList | None) -> None:
+        """One pass over all batches; the float outputs go into ``outputs``, where the recipe hands floats on."""
         taps = {group[0]: (state, g) for state in self.states for g, group in enumerate(state.site.groups)}
         mask: list[Tensor | None] = [None]
 
@@ -70,15 +74,13 @@ class BlockCalibration:
             state, group = taps[path]
             state.observe(group, x, mask[0])
 
-        outputs = []
         with observing({path: self.block.get_submodule(path) for path in taps}, take):
             for run, mask[0] in zip(self.runs, self.given.masks, strict=True):
                 out = run()
-                if self.recipe.inputs == "float":
+                if outputs is not None:
                     outputs.append(out)
         for state in self.states:
             state.finish(f"{self.name}.{state.target.name}")
-        return outputs
 
     def solve(self, state: SiteState, method: SiteMethod) -> ShiftScale:
         """The method's (z, s) and rotation of one site."""

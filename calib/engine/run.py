@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from calib.engine.block import BlockCalibration, BlockInput, packed
+from calib.engine.hidden import HiddenStates
+from calib.engine.journal import Journal
 from calib.engine.memory import reuse_pages
 from calib.engine.prefix import PrefixBuilder
 from calib.methods import resolve
-from calib.model import Batch, BlockInputs, Plan, Stack, capture
+from calib.model import Batch, BlockInputs, Plan, Resident, Stack, capture
 from calib.recipe import Recipe
 
 PROBE_TOKENS = 512
@@ -47,31 +50,56 @@ def split_probes(batches: Sequence[Batch]) -> list[Batch]:
 
 
 class Engine:
-    """Quantizes a model's blocks in place, in order, each from the outputs of those before it."""
+    """Quantizes a model's blocks in place, in order, each from the outputs of those before it.
+
+    store: where the weights are; a block is held while it is worked on. journal: takes each finished block, under the
+    file name in ``shards``, and gives back those of an earlier, killed run. budget: bytes of hidden states kept in
+    memory; the rest goes to a file.
+    """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, recipe: Recipe, prefix: PrefixBuilder | None = None, progress: bool = True
+        self,
+        model: nn.Module,
+        plan: Plan,
+        recipe: Recipe,
+        prefix: PrefixBuilder | None = None,
+        progress: bool = True,
+        *,
+        store: Resident | None = None,
+        journal: Journal | None = None,
+        shards: Mapping[str, str] | None = None,
+        budget: int | None = None,
     ) -> None:
         self.model, self.plan, self.recipe, self.prefix, self.progress = model, plan, recipe, prefix, progress
+        self.store, self.journal, self.budget = store or Resident(), journal, budget
+        self.shards = shards or {}
         self.methods, self.rounding = resolve(recipe)
         self.outcome = Outcome()
+        self._blocks = [name for stack in plan.stacks for name in stack.names]
 
     def run(self, batches: Sequence[Batch]) -> Outcome:
         """Process every stack. The model's planned Linears are QuantLinears afterwards."""
         reuse_pages()
         batches = split_probes(batches)
-        total = sum(len(stack.names) for stack in self.plan.stacks)
-        with torch.no_grad(), tqdm(total=total, unit="block", disable=not self.progress, desc="calibrating") as bar:
+        with torch.no_grad(), tqdm(total=len(self._blocks), unit="block", disable=not self.progress) as bar:
+            bar.set_description("calibrating")
             for stack in self.plan.stacks:
                 extra = {"past_key_values": self.prefix.cache} if self.prefix else None
-                with self._timed("capture"):
-                    inputs = capture(self.model, stack, batches, extra)
+                with self._timed("capture"), self.store.keeping():
+                    inputs = capture(self.model, stack, batches, extra, self._hidden())
                     prefix = self._prefix_inputs(stack)
                 for i, name in enumerate(stack.names):
-                    self._block(name, i, inputs, prefix)
+                    if self.journal is not None and name in self.journal.records:
+                        self._again(name, i, inputs, prefix, self.journal)
+                    else:
+                        with self.store.hold(name):
+                            self._block(name, i, inputs, prefix)
                     bar.update()
                     bar.set_postfix_str(self._worst())
         return self.outcome
+
+    def _hidden(self) -> HiddenStates:
+        return HiddenStates(self.budget, None if self.journal is None else self.journal.folder)
 
     def _block(self, name: str, i: int, inputs: BlockInputs, prefix: BlockInputs | None) -> None:
         block = self.model.get_submodule(name)
@@ -83,8 +111,9 @@ class Engine:
         given = BlockInput(inputs.hidden, [calls[i] for calls in inputs.calls], inputs.masks, write_prefix)
         with self._timed("probe"):
             work = BlockCalibration(name, block, self.plan, self.recipe, self.rounding, given)
+        float_outputs = self._hidden() if self.recipe.inputs == "float" else None
         with self._timed("observe"):
-            float_outputs = work.observe()
+            work.observe(float_outputs)
         for state in work.states:
             for method in self.methods:
                 with self._timed("solve"):
@@ -98,12 +127,61 @@ class Engine:
         with self._timed("weights"):
             work.quantize()
         with self._timed("propagate"), packed(block):
-            runs = work.runs if self.recipe.inputs == "quantized" else work.runs[:1]
-            outputs = [run() for run in runs]
-        self.outcome.blocks[name] = float((outputs[0] - work.before).norm() / work.before.norm().clamp(min=1e-30))
-        self.outcome.sites.update(work.record)
-        self.outcome.notes += work.notes
-        inputs.hidden[:] = outputs if self.recipe.inputs == "quantized" else float_outputs
+            first = work.runs[0]()
+            if float_outputs is None:
+                inputs.hidden[0] = first
+                self._propagate(block, given, start=1)
+            else:
+                inputs.hidden = float_outputs
+        error = float((first - work.before).norm() / work.before.norm().clamp(min=1e-30))
+        record = {"error": error, "sites": work.record, "notes": work.notes, "entries": self._entries(name)}
+        self._take(name, record)
+        if self.journal is not None:
+            with self._timed("write"):
+                self.journal.write(name, block, self.shards[name], record, self._carried(i, prefix))
+                self.store.replaced(name, functools.partial(self.journal.files, name))
+
+    def _propagate(self, block: nn.Module, given: BlockInput, start: int = 0) -> None:
+        for j in range(start, len(given.calls)):
+            given.hidden[j] = given.run(block, j)
+
+    def _again(self, name: str, i: int, inputs: BlockInputs, prefix: BlockInputs | None, journal: Journal) -> None:
+        """A block that an earlier run finished: take its result and run it, so that the next one sees the same."""
+        block = self.model.get_submodule(name)
+        given = BlockInput(inputs.hidden, [calls[i] for calls in inputs.calls], inputs.masks, lambda: None)
+        carried = journal.carried(name)
+        if self.prefix is not None and prefix is not None:
+            self.prefix.keys[i], self.prefix.values[i] = carried["prefix.keys"], carried["prefix.values"]
+            prefix.hidden[0] = carried["prefix.hidden"]
+        with self._timed("propagate"):
+            if self.recipe.inputs == "float":
+                with self.store.hold(name):
+                    self._propagate(block, given)
+            journal.restore(name, block, self.store, next(self.model.parameters()).dtype)
+            if self.recipe.inputs == "quantized":
+                with self.store.hold(name), packed(block):
+                    self._propagate(block, given)
+        self._take(name, journal.records[name])
+
+    def _take(self, name: str, record: Mapping[str, Any]) -> None:
+        self.outcome.blocks[name] = record["error"]
+        self.outcome.sites.update(record["sites"])
+        self.outcome.notes += record["notes"]
+        for path, (status, reason, fold) in record["entries"].items():
+            entry = self.plan.entries[path]
+            entry.status, entry.reason, entry.fold = status, reason, fold
+
+    def _entries(self, block: str) -> dict[str, list[str]]:
+        entries = self.plan.entries.values()
+        return {e.name: [e.status, e.reason, e.fold] for e in entries if e.name.startswith(block + ".")}
+
+    def _carried(self, i: int, prefix: BlockInputs | None) -> dict[str, Tensor]:
+        if self.prefix is None or prefix is None:
+            return {}
+        key, value = self.prefix.keys[i], self.prefix.values[i]
+        assert key is not None and value is not None
+        carried = {"prefix.keys": key, "prefix.values": value, "prefix.hidden": prefix.hidden[0]}
+        return {name: tensor.clone() for name, tensor in carried.items()}
 
     def _prefix_inputs(self, stack: Stack) -> BlockInputs | None:
         """The blocks' inputs for the prefix tokens themselves, at position 0, without a cache."""

@@ -107,15 +107,18 @@ def stock_on_meta(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
         return cls(copy.deepcopy(config)).eval()
 
 
-def state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors to store: persistent ones, tied weights once, aliases of other tensors copied."""
+def stored(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors that a checkpoint holds, by name: persistent ones, tied weights once."""
     tied = hf.tied_away(model) if _tied_in_memory(model) else set()
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return {name: t for name, t in model.state_dict().items() if name not in tied and name not in ignored}
+
+
+def state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """``stored``, with aliases of other tensors copied."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if name in tied or name in ignored:
-            continue
+    for name, tensor in stored(model).items():
         address = tensor.untyped_storage().data_ptr()
         whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
         tensors[name] = tensor.detach() if address not in seen and whole else tensor.detach().clone()
@@ -132,13 +135,24 @@ def write_folder(
     manifest: Mapping[str, Any],
 ) -> None:
     """Everything of a checkpoint, manifest last."""
+    write_rest(stage, model, config, tokenizer, manifest, write_tensors(stage, tensors))
+
+
+def write_rest(
+    stage: Path,
+    model: PreTrainedModel,
+    config: Any,
+    tokenizer: Any,
+    manifest: Mapping[str, Any],
+    hashes: Mapping[str, str],
+) -> None:
+    """What a checkpoint has beside its weights; hashes: weight file -> sha256."""
     config.save_pretrained(stage)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(stage)
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
-    files = write_tensors(stage, tensors)
-    write_json(stage / MANIFEST, {**manifest, "versions": versions(), "sha256": files})
+    write_json(stage / MANIFEST, {**manifest, "versions": versions(), "sha256": hashes})
 
 
 def versions() -> dict[str, str]:

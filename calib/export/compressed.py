@@ -21,6 +21,7 @@ from calib.errors import OutputError
 from calib.export import hf
 from calib.export.checkpoint import plain_config, require_transformers, state, stock_on_meta, write_folder
 from calib.export.files import Finish, finished, nbytes, staged
+from calib.model import Resident
 from calib.nn import Prefix, QuantLinear
 from calib.quantizers import AffineSpec, pack
 from calib.recipe import Recipe
@@ -31,8 +32,9 @@ HADAMARD = "an online Hadamard precedes a linear"
 FLOAT_ROWS = "rows beyond the static range are computed in float"
 
 
-def expressible(model: nn.Module) -> list[str]:
-    """Why compressed-tensors cannot hold this model exactly, a line a reason; empty where it can."""
+def expressible(model: nn.Module, store: Resident | None = None) -> list[str]:
+    """Why compressed-tensors cannot hold this model exactly, a line a reason; empty where it can. store: where its
+    weights are."""
     if not isinstance(model, PreTrainedModel):
         return [f"{type(model).__name__} is not a transformers model"]
     reasons: dict[str, str] = {}  # reason -> first module
@@ -44,9 +46,11 @@ def expressible(model: nn.Module) -> list[str]:
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     if not quantized:
         reasons["no linear is quantized"] = ""
-    for name, module in quantized.items():
-        for reason in _module_reasons(module, model.dtype):
-            reasons.setdefault(reason, name)
+    for present in (store or Resident()).each():
+        for name, module in quantized.items():
+            if present(name):
+                for reason in _module_reasons(module, model.dtype):
+                    reasons.setdefault(reason, name)
     if not reasons:
         dynamic = {n: m for n, m in quantized.items() if m.input.spec is not None and m.input.spec.dynamic}
         try:
@@ -56,7 +60,7 @@ def expressible(model: nn.Module) -> list[str]:
         except (TypeError, ValueError, RuntimeError, IndexError):
             reasons["dynamic ranges, and the model does not run on its dummy batch"] = ""
         try:
-            _stock_config(model)
+            stock_config(model)
         except OutputError as error:
             reasons[error.cause] = ""
     return [f"{reason} ({name})" if name else reason for reason, name in reasons.items()]
@@ -165,24 +169,39 @@ def save(
             f"compressed-tensors cannot express this model: {'; '.join(reasons)}",
             "use --format calib, or auto",
         )
-    config, zero_biases = _stock_config(model)
+    config, zero_biases = stock_config(model)
     tensors = _tensors(model)
     for name, size in zero_biases.items():
-        tensors[name] = torch.zeros(size, dtype=model.dtype)
-    config.quantization_config = _quantization_config(model)
+        tensors[name] = zero_bias(model, size)
+    config.quantization_config = quantization_config(model)
     with staged(out, overwrite=overwrite, needed_bytes=nbytes(tensors)) as stage:
         write_folder(stage, model, config, tokenizer, tensors, {**manifest, "format": FORMAT})
         finished(stage, out, finish)
     return Path(out).expanduser().absolute()
 
 
+def zero_bias(model: PreTrainedModel, size: int) -> Tensor:
+    """A bias that the stock class needs and the model does without."""
+    return torch.zeros(size, dtype=model.dtype)
+
+
+def tensors_of(part: nn.Module, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one block, named from the model's root, in compressed-tensors' form."""
+    return _converted(
+        {f"{prefix}.{key}": t.detach().contiguous() for key, t in part.state_dict().items()}, part, prefix, dtype
+    )
+
+
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    tensors = state(model)
-    for name, module in model.named_modules():
+    return _converted(state(model), model, "", model.dtype)
+
+
+def _converted(tensors: dict[str, Tensor], part: nn.Module, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    for name, module in part.named_modules(prefix=prefix):
         if isinstance(module, QuantLinear):
             for key in module.state_dict():
                 tensors.pop(f"{name}.{key}", None)
-            tensors.update({f"{name}.{k}": v for k, v in _linear_tensors(module, model.dtype).items()})
+            tensors.update({f"{name}.{k}": v for k, v in _linear_tensors(module, dtype).items()})
     return tensors
 
 
@@ -209,7 +228,7 @@ def _linear_tensors(module: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor
     return tensors
 
 
-def _quantization_config(model: PreTrainedModel) -> dict[str, Any]:
+def quantization_config(model: PreTrainedModel) -> dict[str, Any]:
     """The config.json entry, validated by compressed-tensors' own classes."""
     import compressed_tensors
     from compressed_tensors.quantization import QuantizationConfig
@@ -259,7 +278,7 @@ def _args(spec: AffineSpec) -> dict[str, Any]:
     }
 
 
-def _stock_config(model: PreTrainedModel) -> tuple[Any, dict[str, int]]:
+def stock_config(model: PreTrainedModel) -> tuple[Any, dict[str, int]]:
     """The config that gives the stock class every bias ours has, and the sizes of those it adds: zeros.
 
     Biases that the class lacks by default are looked for behind its config's boolean ``*bias*`` flags.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from calib.errors import CalibError, ModelError
 from calib.export import hf
+from calib.nn import linear_group
 from calib.quantizers import AffineSpec, pack, unpack
 
 METHOD = "compressed-tensors"
@@ -108,4 +109,4 @@ def _take(tensors: dict[str, Tensor], name: str, spec: AffineSpec, inputs: Affin
             tensors[f"{name}.{key}"] = tensors[f"{name}.{key}"].unsqueeze(-1)
     move("input_scale", "input.scale", torch.float32)
     move("input_zero_point", "input.zero_point", torch.int32)
-    return hf.group(spec, inputs, bias=f"{name}.bias" in tensors)
+    return linear_group(spec, inputs, bias=f"{name}.bias" in tensors)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from calib.engine import Journal
 from calib.errors import CalibError, OutputError
 
 MANIFEST = "calib.json"  # in every export, whatever its format: what makes a folder ours to replace
@@ -58,6 +59,13 @@ def check_out(out: str | os.PathLike[str], *, overwrite: bool = False, needed_by
     return path
 
 
+def open_journal(out: str | os.PathLike[str], fingerprint: Mapping[str, Any], *, anew: bool) -> Journal:
+    """The journal of the run that writes ``out``, beside it so that the last step is a rename; see Journal."""
+    path = Path(out).expanduser().absolute()
+    with writing(path):
+        return Journal(path.parent / f".{path.name}.partial", fingerprint, anew=anew)
+
+
 def _ours(path: Path) -> bool:
     names = [p.name for p in path.iterdir()]
     return MANIFEST in names or all(name.startswith(".calib") for name in names)
@@ -89,15 +97,20 @@ def staged(out: str | Path, *, overwrite: bool = False, needed_bytes: int = 0) -
     try:
         with writing(path):
             yield stage
-            mask = _umask()  # mkdtemp and safetensors write private files, an output folder is not
-            for file in [*stage.rglob("*"), stage]:
-                file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
-                _fsync(file)
-            _move(stage, path)
-            _fsync(path.parent)
+            publish(stage, path)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+def publish(stage: Path, path: Path) -> None:
+    """Put a complete folder in the place of ``path``, on the same file system, readable as the umask says."""
+    mask = _umask()  # mkdtemp and safetensors write private files, an output folder is not
+    for file in [*stage.rglob("*"), stage]:
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
+        _fsync(file)
+    _move(stage, path)
+    _fsync(path.parent)
 
 
 def finished(stage: Path, out: str | Path, finish: Finish | None) -> None:

@@ -27,7 +27,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from calib.errors import ModelError
-from calib.nn import ActivationQuantizer, AttentionFormat, Prefix, QuantLinear, route_attention
+from calib.nn import (
+    AttentionFormat,
+    Prefix,
+    QuantLinear,
+    describe_linear,
+    linear_group,
+    quant_linear,
+    route_attention,
+)
 from calib.quantizers import AffineSpec
 
 METHOD = "calib"
@@ -104,42 +112,6 @@ def install_attention(model: nn.Module, config: Mapping[str, Any]) -> None:
         model.get_submodule(name).calib_attention = form
 
 
-def describe_linear(module: QuantLinear) -> dict[str, Any]:
-    """One group entry, without its targets."""
-    quantizer = module.input
-    return group(
-        module.weight_spec,
-        quantizer.spec,
-        bias=module.bias is not None,
-        shift=quantizer.shift is not None,
-        rescale=quantizer.rescale is not None,
-        hadamard=quantizer.hadamard,
-        float_rows=quantizer.float_rows,
-    )
-
-
-def group(
-    weights: AffineSpec,
-    inputs: AffineSpec | None,
-    *,
-    bias: bool,
-    shift: bool = False,
-    rescale: bool = False,
-    hadamard: int = 1,
-    float_rows: bool = False,
-) -> dict[str, Any]:
-    """What linears of one kind have in common, as JSON values."""
-    return {
-        "weights": dataclasses.asdict(weights),
-        "input": None if inputs is None else dataclasses.asdict(inputs),
-        "shift": shift,
-        "rescale": rescale,
-        "hadamard": hadamard,
-        "float_rows": float_rows,
-        "bias": bias,
-    }
-
-
 def build(model: PreTrainedModel, config: CalibConfig, dtype: torch.dtype) -> None:
     """Turn a stock model on the meta device into the skeleton that the checkpoint's tensors fit.
 
@@ -154,7 +126,7 @@ def build(model: PreTrainedModel, config: CalibConfig, dtype: torch.dtype) -> No
             for target in group["targets"]:
                 name = _resolve(model, target)
                 if name is not None:
-                    _replace(model, name, _quant_linear(model.get_submodule(name), group, target, dtype))
+                    _replace(model, name, quant_linear(model.get_submodule(name), group, target, dtype))
         for target in config.biased_linears:
             name = _resolve(model, target)
             if name is not None:
@@ -163,26 +135,6 @@ def build(model: PreTrainedModel, config: CalibConfig, dtype: torch.dtype) -> No
         if config.prefix is not None:
             p = config.prefix
             model.calib_prefix = Prefix(p["tokens"], p["layers"], p["kv_heads"], p["head_dim"], dtype)
-
-
-def _quant_linear(stock: nn.Module, group: Mapping[str, Any], name: str, dtype: torch.dtype) -> QuantLinear:
-    try:
-        weights = AffineSpec(**group["weights"])
-        spec = None if group["input"] is None else AffineSpec(**group["input"])
-        n_in, n_out = int(stock.in_features), int(stock.out_features)  # type: ignore[arg-type]
-        quantizer = ActivationQuantizer(
-            spec,
-            n_in,
-            shift=group["shift"],
-            rescale=group["rescale"],
-            hadamard=group["hadamard"],
-            float_rows=group["float_rows"],
-        )
-        return QuantLinear(n_in, n_out, weights, quantizer, group["bias"], dtype)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"quantization_config does not fit {name}: {error}", "install the calib that wrote it"
-        ) from error
 
 
 def _resolve(model: PreTrainedModel, name: str) -> str | None:
@@ -303,7 +255,7 @@ __all__ = [
     "check_files",
     "describe",
     "describe_linear",
-    "group",
+    "linear_group",
     "register",
     "set_mode",
     "some",

@@ -26,8 +26,8 @@ def load(
     """The model of a folder (or a name that model_zoo knows), in eval mode, with its prefix where it has one.
 
     mode: 'packed' runs integer kernels where this machine has one for the format, 'fake' the arithmetic that
-    defines their result; both for calib's own format and for compressed-tensors, as far as its grids are calib's own (else
-    its package runs it). dtype: of everything that is not codes or scales; default: as stored. Raises
+    defines their result; both for calib's own format and for compressed-tensors, as far as its grids are
+    calib's own (else its package runs it). dtype: of everything that is not codes or scales; default: as stored. Raises
     ModelError, one line that names file and tensor, for what is missing, truncated, unknown or too new.
     """
     return load_pair(path, mode, dtype, progress=progress)[0]

@@ -5,14 +5,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from calib.errors import ModelError
 
 Batch = Mapping[str, Tensor]
+
+
+class HiddenList(Protocol):
+    """What holds one hidden state a batch: a list, or one that lies partly on disk."""
+
+    def append(self, tensor: Tensor, /) -> None: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> Tensor: ...
+    def __setitem__(self, i: int, tensor: Tensor, /) -> None: ...
 
 
 def call_model(model: nn.Module, batch: Batch, **extra: Any) -> Any:
@@ -56,21 +66,26 @@ class Call:
 class BlockInputs:
     """Inputs of one stack for every batch: hidden states now, and each block's other arguments."""
 
-    hidden: list[Tensor]
+    hidden: HiddenList
     calls: list[list[Call]] = field(default_factory=list)  # [batch][block]
     masks: list[Tensor | None] = field(default_factory=list)  # [batch]: [B, T] bool, True: a real token
 
 
-def find_stacks(model: nn.Module, batch: Batch) -> list[Stack]:
-    """The chains of repeated blocks, in call order; the whole model as one block where there is no such chain."""
+def block_candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """The members of the outermost lists of like modules that hold Linears (or GPT-2's Conv1D): blocks, if called."""
     names = {
         f"{list_name}.{i}".lstrip("."): block
         for list_name, modules in model.named_modules()
         if isinstance(modules, nn.ModuleList) and len({type(m) for m in modules}) == 1
         for i, block in enumerate(modules)
-        if any(isinstance(m, nn.Linear) for m in block.modules())
+        if any(isinstance(m, (nn.Linear, Conv1D)) for m in block.modules())
     }
-    outer = [n for n in names if not any(n.startswith(other + ".") for other in names if other != n)]
+    return {n: m for n, m in names.items() if not any(n.startswith(other + ".") for other in names if other != n)}
+
+
+def find_stacks(model: nn.Module, batch: Batch) -> list[Stack]:
+    """The chains of repeated blocks, in call order; the whole model as one block where there is no such chain."""
+    names = block_candidates(model)
     seen: list[tuple[str, Tensor, Any]] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -79,7 +94,7 @@ def find_stacks(model: nn.Module, batch: Batch) -> list[Stack]:
 
         return hook
 
-    handles = [names[n].register_forward_hook(watch(n), with_kwargs=True) for n in outer]
+    handles = [block.register_forward_hook(watch(n), with_kwargs=True) for n, block in names.items()]
     try:
         with torch.no_grad():
             call_model(model, batch)
@@ -113,14 +128,18 @@ def _hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def capture(
-    model: nn.Module, stack: Stack, batches: Sequence[Batch], extra: Mapping[str, Any] | None = None
+    model: nn.Module,
+    stack: Stack,
+    batches: Sequence[Batch],
+    extra: Mapping[str, Any] | None = None,
+    hidden: HiddenList | None = None,
 ) -> BlockInputs:
     """Run each batch with the stack's blocks passed through, keeping what they were given.
 
     Stacks before this one run for real, so an encoder must be finished (quantized) before its decoder is captured.
-    extra: further keyword arguments of the model call.
+    extra: further keyword arguments of the model call. hidden: what to collect the hidden states in.
     """
-    inputs = BlockInputs(hidden=[])
+    inputs = BlockInputs(hidden=[] if hidden is None else hidden)
     blocks = [model.get_submodule(name) for name in stack.names]
     with contextlib.ExitStack() as undo, torch.no_grad():
         calls: list[Call] = []
@@ -140,17 +159,57 @@ def capture(
             return forward
 
         for i, block in enumerate(blocks):
+            undo.callback(_put_forward, block, block.__dict__.get("forward"))
             block.forward = passing(block, i == len(blocks) - 1)
-            undo.callback(delattr, block, "forward")
+        share = _Sharing()
         for batch in batches:
             with contextlib.suppress(_Stop):
                 call_model(model, batch, **(extra or {}))
             inputs.hidden.append(first.pop())
-            inputs.calls.append(list(calls))
+            inputs.calls.append(share.calls(calls))
             mask = batch.get("attention_mask")
             inputs.masks.append(None if mask is None or bool(mask.bool().all()) else mask.bool())
             calls.clear()
     return inputs
+
+
+class _Sharing:
+    """Replaces tensors by equal ones of earlier batches: masks and position embeddings are mostly the same."""
+
+    REMEMBERED = 4  # of each shape: masks of padded batches are all different
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], list[Tensor]] = {}
+        self.batch: dict[int, tuple[Tensor, Tensor]] = {}  # id -> (it, what stands for it); keeps ids valid
+
+    def calls(self, calls: Sequence[Call]) -> list[Call]:
+        self.batch.clear()
+        return [Call(self._tree(call.args), self._tree(call.kwargs)) for call in calls]
+
+    def _tree(self, tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return self._tensor(tree)
+        if type(tree) in (tuple, list):
+            return type(tree)(self._tree(item) for item in tree)
+        return {key: self._tree(value) for key, value in tree.items()} if type(tree) is dict else tree
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.batch:
+            alike = self.known.setdefault((tensor.shape, tensor.dtype, tensor.device, tensor.stride()), [])
+            kept = next((other for other in alike if torch.equal(other, tensor)), tensor)
+            if kept is tensor:
+                alike.insert(0, tensor)
+                del alike[self.REMEMBERED :]
+            self.batch[id(tensor)] = (tensor, kept)
+        return self.batch[id(tensor)][1]
+
+
+def _put_forward(block: nn.Module, forward: Any) -> None:
+    """Give a block its own forward back: the class's, or one that streams its weights."""
+    if forward is None:
+        del block.forward
+    else:
+        block.forward = forward
 
 
 @contextlib.contextmanager

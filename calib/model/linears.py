@@ -29,32 +29,36 @@ class ParameterLinear(nn.Linear):
 
 
 class _WeightUse(TorchFunctionMode):
-    """Records which parameters, or slices of them, F.linear takes as weight."""
+    """Records which of the bare parameters, or slices of them, F.linear takes as weight."""
 
-    def __init__(self, owners: Mapping[int, str]) -> None:
+    def __init__(self, bare: Sequence[tuple[str, nn.Module, str]]) -> None:
         super().__init__()
-        self.owners, self.used = owners, dict[str, None]()
+        self.bare, self.used = bare, dict[str, None]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
-            if isinstance(weight, Tensor) and weight.untyped_storage().data_ptr() in self.owners:
-                self.used[self.owners[weight.untyped_storage().data_ptr()]] = None
+            if isinstance(weight, Tensor):
+                address = weight.untyped_storage().data_ptr()
+                for name, module, attribute in self.bare:
+                    whole = getattr(module, attribute)
+                    if whole.device.type != "meta" and whole.untyped_storage().data_ptr() == address:
+                        self.used[name] = None
         return func(*args, **(kwargs or {}))
 
 
 def find_rewrites(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[dict[str, str]]:
     """Every Conv1D, and every bare parameter that one forward on ``inputs`` hands to F.linear."""
     rewrites = [{"name": name, "kind": "conv1d"} for name, m in model.named_modules() if isinstance(m, Conv1D)]
-    owners = {}
-    for module_name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() in (2, 3):
-                owners[parameter.untyped_storage().data_ptr()] = f"{module_name}.{name}".lstrip(".")
-    if owners:
-        with loop_over_experts(model), _WeightUse(owners) as use, torch.no_grad():
+    bare = [
+        (f"{path}.{name}".lstrip("."), module, name)
+        for path, module in model.named_modules()
+        if not isinstance(module, (nn.Linear, nn.Embedding, Conv1D))
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() in (2, 3)
+    ]
+    if bare:
+        with loop_over_experts(model), _WeightUse(bare) as use, torch.no_grad():
             model(**inputs)
         rewrites += [{"name": name, "kind": "parameter"} for name in use.used]
     return rewrites

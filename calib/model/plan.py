@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import InputError, ModelError
-from calib.model.blocks import Batch, Stack, call_model, capture, find_stacks
+from calib.model.blocks import Batch, Call, Stack, capture, find_stacks
 from calib.model.linears import apply_rewrites, find_rewrites, linears, loop_over_experts
 from calib.model.sites import Site, find_sites
+from calib.model.store import Resident
 from calib.model.trace import record
 from calib.quantizers import AffineSpec, bits_per_weight
 from calib.recipe import Recipe
@@ -99,20 +101,25 @@ def target_of(block: nn.Module, site: Site) -> FoldTarget:
     return FoldTarget(site.name, site.features, consumers, producer)  # type: ignore[arg-type]
 
 
-def make_plan(model: nn.Module, recipe: Recipe, batch: Batch) -> Plan:
+def make_plan(model: nn.Module, recipe: Recipe, batch: Batch, store: Resident | None = None) -> Plan:
     """Rewrite the model's products into Linears, find blocks and sites on one small batch, prove every fold with random
-    (z, s), and settle each Linear's part. The model's function and Linear weights are as before afterwards.
+    (z, s), and settle each Linear's part. The model's function and Linear weights are as before afterwards. store:
+    where the weights are.
     """
+    store = store or Resident()
     if not any(True for _ in model.parameters()):
         raise ModelError(f"{type(model).__name__} has no parameters", "give a model with weights")
-    rewrites = find_rewrites(model, batch)
+    with _running(model):
+        rewrites = find_rewrites(model, batch)
     apply_rewrites(model, rewrites)
+    store.rewritten(rewrites)
     found = linears(model)
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no linear layers to quantize", "calib quantizes nn.Linear and Conv1D"
         )
-    stacks = find_stacks(model, batch)
+    with _running(model):
+        stacks = find_stacks(model, batch)
     plan = Plan({}, stacks, {}, rewrites)
     generator = torch.Generator().manual_seed(recipe.seed)
     with torch.no_grad(), loop_over_experts(model):
@@ -120,18 +127,25 @@ def make_plan(model: nn.Module, recipe: Recipe, batch: Batch) -> Plan:
             inputs = capture(model, stack, [batch])
             hidden = inputs.hidden[0]
             for i, name in enumerate(stack.names):
-                block, call = model.get_submodule(name), inputs.calls[0][i]
-                with record(block) as trace:
-                    after = call.run(block, hidden)
-                sites = find_sites(trace, block)
-                run = functools.partial(call.run, block)
-                tolerance = tolerance_for(run, hidden, after)
-                for site in sites:
-                    _try_fold(block, site, functools.partial(run, hidden), after, tolerance, generator)
-                plan.blocks[name] = BlockPlan(name, sites)
-                hidden = after
+                with store.hold(name):
+                    plan.blocks[name], hidden = _plan_block(model, name, inputs.calls[0][i], hidden, generator)
     _settle(model, found, plan, recipe)
     return plan
+
+
+def _plan_block(
+    model: nn.Module, name: str, call: Call, hidden: Tensor, generator: torch.Generator
+) -> tuple[BlockPlan, Tensor]:
+    """A block's sites, each fold proven on its input, and its output."""
+    block = model.get_submodule(name)
+    with record(block) as trace:
+        after = call.run(block, hidden)
+    sites = find_sites(trace, block)
+    run = functools.partial(call.run, block)
+    tolerance = tolerance_for(run, hidden, after)
+    for site in sites:
+        _try_fold(block, site, functools.partial(run, hidden), after, tolerance, generator)
+    return BlockPlan(name, sites), after
 
 
 def _try_fold(
@@ -259,11 +273,11 @@ def small_batch(batches: Sequence[Batch], rows: int = 2, tokens: int = 64) -> Ba
     return {key: value[:rows, :tokens] if value.dim() >= 2 else value[:rows] for key, value in first.items()}
 
 
-def check_runs(model: nn.Module, batch: Batch) -> None:
-    """One forward, so that a model that cannot run says so by name before work starts."""
+@contextlib.contextmanager
+def _running(model: nn.Module) -> Iterator[None]:
+    """A model that cannot run on the data says so by name, before work starts."""
     try:
-        with torch.no_grad():
-            call_model(model, batch)
+        yield
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ModelError(
             f"{type(model).__name__} does not run on the calibration data ({str(error).splitlines()[0]})",

@@ -2,6 +2,7 @@
 
 from calib.nn.activation import ActivationQuantizer
 from calib.nn.attention import AttentionFormat, attention_modules, route_attention
+from calib.nn.describe import describe_linear, linear_group, quant_linear
 from calib.nn.hadamard import best_block, block_hadamard, hadamard_matrix
 from calib.nn.linear import QuantLinear
 from calib.nn.prefix import Prefix, StatelessCache
@@ -15,6 +16,9 @@ __all__ = [
     "attention_modules",
     "best_block",
     "block_hadamard",
+    "describe_linear",
     "hadamard_matrix",
+    "linear_group",
+    "quant_linear",
     "route_attention",
 ]

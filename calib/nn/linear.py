@@ -118,7 +118,7 @@ class QuantLinear(nn.Module):
         words = self.weight_packed if rows is None else self.weight_packed[rows]
         return unpack(words, self.weight_spec.bits, self.in_features)
 
-    def dequantize(self, rows: slice = slice(None)) -> Tensor:  # noqa: B008
+    def dequantize(self, rows: slice = slice(None)) -> Tensor:
         """The weight (of transformed input) the codes stand for, or some of its rows; module's dtype."""
         codes = self.codes(rows)
         one = self.weight_spec.granularity == "tensor"

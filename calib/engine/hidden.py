@@ -1,0 +1,88 @@
+"""Hidden states between blocks: in memory up to a budget, the rest in a file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+
+class HiddenStates:
+    """A list of tensors, one a batch, that keeps at most ``budget`` bytes in memory.
+
+    What does not fit lies in an unnamed temporary file in ``folder``, gone when the process ends, however it ends. It
+    is read and written, not mapped: mapped pages would count as this process's memory. A replaced tensor has the
+    size of the one before.
+    """
+
+    def __init__(self, budget: int | None = None, folder: Path | None = None) -> None:
+        self.budget, self.folder = budget, folder
+        self._kept: list[Tensor | None] = []
+        self._places: list[tuple[int, torch.Size, torch.dtype] | None] = []
+        self._used = self._end = 0
+        self._file: IO[bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def append(self, tensor: Tensor) -> None:
+        size = _nbytes(tensor)
+        if self.budget is None or self._used + size <= self.budget:
+            self._used += size
+            self._kept.append(tensor)
+            self._places.append(None)
+            return
+        self._kept.append(None)
+        self._places.append((self._end, tensor.shape, tensor.dtype))
+        self._end += size
+        self[len(self) - 1] = tensor
+
+    def __getitem__(self, i: int) -> Tensor:
+        kept, place = self._kept[i], self._places[i]
+        if kept is not None:
+            return kept
+        assert place is not None
+        offset, shape, dtype = place
+        tensor = torch.empty(shape, dtype=dtype)
+        file = self._open()
+        file.seek(offset)
+        got = file.readinto(_view(tensor))  # type: ignore[attr-defined]
+        if got != _nbytes(tensor):
+            raise OSError(f"the file of hidden states ended after {got} of {_nbytes(tensor)} bytes")
+        return tensor
+
+    def __setitem__(self, i: int, tensor: Tensor) -> None:
+        place = self._places[i]
+        if place is None:
+            self._kept[i] = tensor
+            return
+        offset, shape, dtype = place
+        assert tensor.shape == shape and tensor.dtype == dtype
+        file = self._open()
+        file.seek(offset)
+        file.write(_view(tensor.contiguous()))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def _open(self) -> IO[bytes]:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
+        return self._file
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes in the file."""
+        return self._end
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _view(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,0 +1,113 @@
+"""A journal becomes a checkpoint: the blocks' shards are there already, the rest is added, the whole is moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from calib.engine import Journal
+from calib.errors import VerifyError
+from calib.export import checkpoint, compressed
+from calib.export.files import Finish, check_out, finished, publish, sha256, write_json, writing
+from calib.model import Resident, TensorFiles
+from calib.nn import Prefix
+
+SHARD_BYTES = 256 * 2**20  # of what is outside the blocks, together in a file
+
+
+class Shards:
+    """Which file takes which tensors: one a block, the others in groups of at most 256 MiB, in order."""
+
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[str]) -> None:
+        self.groups: list[list[str]] = [[]]
+        size = 0
+        for name, tensor in checkpoint.stored(model).items():
+            if any(name.startswith(f"{block}.") for block in blocks):
+                continue
+            bytes_ = tensor.numel() * tensor.element_size()
+            if self.groups[-1] and size + bytes_ > SHARD_BYTES:
+                self.groups.append([])
+                size = 0
+            self.groups[-1].append(name)
+            size += bytes_
+        count = len(blocks) + len(self.groups)
+        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        self.blocks = dict(zip(blocks, files, strict=False))
+        self.outside = files[len(blocks) :]
+
+
+def write(
+    journal: Journal,
+    shards: Shards,
+    model: PreTrainedModel,
+    store: Resident,
+    tokenizer: Any,
+    out: Path,
+    *,
+    format: str,
+    manifest: Mapping[str, Any],
+    overwrite: bool,
+    finish: Finish,
+) -> Path:
+    """Complete the journal's ``model`` folder and move it to ``out``. finish: verifies it, as in checkpoint.save."""
+    out = check_out(out, overwrite=overwrite)
+    with writing(out):
+        stage = journal.model
+        zero_biases: dict[str, int] = {}
+        if format == compressed.FORMAT:
+            config, zero_biases = compressed.stock_config(model)
+            config.quantization_config = compressed.quantization_config(model)
+            stage = journal.folder / "converted"
+            stage.mkdir(exist_ok=True)
+            _convert(journal, shards, model, store, stage)
+        else:
+            quantization, config = checkpoint.describe(model)
+            config.quantization_config = quantization.to_dict()
+        extra = {name: compressed.zero_bias(model, size) for name, size in zero_biases.items()}
+        prefix = getattr(model, "calib_prefix", None)
+        if isinstance(prefix, Prefix):
+            extra |= {f"calib_prefix.{name}": tensor for name, tensor in prefix.state_dict().items()}
+        for number, (file, names) in enumerate(zip(shards.outside, shards.groups, strict=True)):
+            tensors = dict(_gather(model, store, names))
+            if number == len(shards.groups) - 1:
+                tensors |= extra
+            journal.store(f"{stage.name}/{file}", tensors)
+        files = [stage / file for file in [*shards.blocks.values(), *shards.outside]]
+        _index(stage, files)
+        hashes = {file.name: sha256(file) for file in files}
+        checkpoint.write_rest(stage, model, config, tokenizer, {**manifest, "format": format}, hashes)
+        try:
+            finished(stage, out, finish)
+        except VerifyError:
+            journal.close(remove=True)  # another run would only come to the same
+            raise
+        publish(stage, out)
+    journal.close(remove=True)
+    return out
+
+
+def _gather(model: PreTrainedModel, store: Resident, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        with store.around(parent):
+            tensor = getattr(model.get_submodule(parent), leaf)
+            yield name, tensor.detach().contiguous() if not store.streamed else tensor.detach().clone()
+
+
+def _convert(journal: Journal, shards: Shards, model: PreTrainedModel, store: Resident, stage: Path) -> None:
+    """The blocks' shards in compressed-tensors' form."""
+    for block, file in shards.blocks.items():
+        with store.hold(block):
+            tensors = compressed.tensors_of(model.get_submodule(block), block, model.dtype)
+            journal.store(f"{stage.name}/{file}", tensors)
+
+
+def _index(stage: Path, files: Sequence[Path]) -> None:
+    stored = TensorFiles(files)
+    weight_map = {name: file.name for name, file in sorted(stored.where.items())}
+    total = sum(file.stat().st_size for file in files)
+    write_json(stage / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
