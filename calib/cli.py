@@ -76,6 +76,8 @@ def quantize(
 ) -> None:
     """Quantize a model and write a verified checkpoint."""
     _set_up(threads, quiet)
+    quiet = quiet or int(os.environ.get("RANK", "0")) > 0  # under torchrun the first process speaks
+    as_json = as_json and not int(os.environ.get("RANK", "0"))
     with _interruptible():
         result = calib.quantize(
             model,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from calib.data import TokenData, calibration_data, sequence_limit
@@ -27,6 +28,7 @@ from calib.export.verify import answer, reference_batch, verify
 from calib.methods import Hadamard, resolve
 from calib.model import Plan, Resident, make_plan, small_batch, takes_rotation
 from calib.nn import QuantLinear, route_attention
+from calib.observers import ranks
 from calib.recipe import Recipe, Scheme
 from calib.recipe import recipe as make_recipe
 from calib.recipe import scheme as make_scheme
@@ -173,6 +175,8 @@ def quantize(
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     recipe = _recipe(scheme, method, format, dtype, scheme_options, options)
+    _join_ranks(model, out)
+    progress = progress and ranks.rank() == 0
     if out is not None:
         _check_apart(out, model, data)
         check_out(out, overwrite=overwrite)
@@ -237,7 +241,10 @@ def quantize(
         seconds["total"] = time.perf_counter() - started
         result.peak_rss_mib = peak_rss_mib()
         if journal is not None and shards is not None and out is not None:
-            result._publish(journal, shards, store, Path(out), format, overwrite, verified)
+            if ranks.rank() == 0:
+                result._publish(journal, shards, store, Path(out), format, overwrite, verified)
+            ranks.meet("writing the checkpoint")
+            result.out = Path(out)
         elif out is not None:
             result.save(out, format, overwrite=overwrite, verified=verified)
     except (CalibError, KeyboardInterrupt) as error:
@@ -317,6 +324,16 @@ def _load(
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     return network, tokenizer if tokenizer is not None else found, store
+
+
+def _join_ranks(model: Model, out: str | os.PathLike[str] | None) -> None:
+    """Take part in the run that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if isinstance(model, nn.Module) or out is None:
+        raise InputError("several processes need a model by name and an --out", "give both, or run without torchrun")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
 
 
 def _resumable(error: CalibError | KeyboardInterrupt, journal: Journal, blocks: int) -> BaseException:

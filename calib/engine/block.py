@@ -32,6 +32,7 @@ class BlockInput:
     calls: list[Call]
     masks: list[Tensor | None]
     refresh: Callable[[], None]  # writes the layer's prefix keys and values anew, after each fold
+    first: list[int]  # [batch]: the number of its first token in the whole data
 
     def run(self, block: nn.Module, i: int) -> Tensor:
         """The block's hidden output of batch i."""
@@ -69,18 +70,24 @@ class BlockCalibration:
         """One pass over all batches; the float outputs go into ``outputs``, where the recipe hands floats on."""
         taps = {group[0]: (state, g) for state in self.states for g, group in enumerate(state.site.groups)}
         mask: list[Tensor | None] = [None]
+        first = [0]
 
         def take(path: str, x: Tensor) -> None:
             state, group = taps[path]
-            state.observe(group, x, mask[0])
+            state.observe(group, x, mask[0], first[0])
 
         with observing({path: self.block.get_submodule(path) for path in taps}, take):
-            for run, mask[0] in zip(self.runs, self.given.masks, strict=True):
+            for run, mask[0], first[0] in zip(self.runs, self.given.masks, self.given.first, strict=True):
                 out = run()
                 if outputs is not None:
                     outputs.append(out)
         for state in self.states:
             state.finish(f"{self.name}.{state.target.name}")
+
+    def leave(self) -> None:
+        """Take what observing hung on the block off it again."""
+        for state in self.states:
+            state.transform.remove_hooks()
 
     def solve(self, state: SiteState, method: SiteMethod) -> ShiftScale:
         """The method's (z, s) and rotation of one site."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from calib.model import Site
 from calib.quantizers import AffineSpec
 from calib.solvers import quantize_input, quantize_weight
+from calib.solvers.objective import Encoded, InputCodes, Scratch, WeightCodes, encoded, product, takes_integers
 
 Loss = Callable[[Tensor], float]
 
@@ -39,6 +40,7 @@ class ContextObjective:
         self.stops = [block.get_submodule(path) for path in site.stops]
         self.masks = masks
         self.calls = [self._record(run) for run in runs]
+        self.buffers = _Buffers()
 
     def _record(self, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -54,58 +56,132 @@ class ContextObjective:
             handle.remove()
         raise RuntimeError("the context module did not run")
 
-    def _outputs(self) -> list[Tensor]:
+    def _outputs(self) -> Iterator[Tensor]:
+        """Of each call; an output is valid until the next one is asked for."""
+
         def stop(module: nn.Module, args: Any) -> None:
             raise _Reached(args[0])
 
-        outputs = []
         handles = [module.register_forward_pre_hook(stop) for module in self.stops]
         try:
             for args, kwargs in self.calls:
                 try:
                     result = self.module(*args, **kwargs)
-                    outputs.append(result if isinstance(result, Tensor) else result[0])
+                    out = result if isinstance(result, Tensor) else result[0]
                 except _Reached as reached:
-                    outputs.append(reached.value)
+                    out = reached.value
+                yield out
         finally:
             for handle in handles:
                 handle.remove()
-        return outputs
+
+    def share(self, other: ContextObjective) -> None:
+        """Use another's buffers: losses of both are then not to be asked at once."""
+        self.buffers = other.buffers
 
     def prepare(
         self, shift: Tensor | None, lo: Tensor, hi: Tensor, inputs: AffineSpec | None, weights: AffineSpec
     ) -> Loss:
         """loss(s) for inputs shifted by z; lo, hi [n]: their channel extremes."""
         target: list[Tensor] = []  # computed when first asked for: most variants are ranked on few tokens only
+        shared = _SharedInput(shift, lo, hi, inputs, self.buffers)
+        consumers = [_Consumer(linear, shift, inputs, weights, self.buffers) for linear in self.consumers]
 
         def loss(scale: Tensor) -> float:
             with torch.no_grad(), contextlib.ExitStack() as undo:
                 if not target:
-                    target.extend(self._outputs())
-                seen: dict[int, Tensor] = {}
-
-                def quantized(x: Tensor) -> Tensor:  # consumers share their input: quantize it once
-                    if id(x) not in seen:
-                        moved = x if shift is None else x - shift
-                        seen[id(x)] = quantize_input(moved / scale, inputs, lo / scale, hi / scale)
-                    return seen[id(x)]
-
-                for consumer in self.consumers:
-                    assert isinstance(consumer, nn.Linear)
-                    weight: Tensor = consumer.weight
-                    bias: Tensor | None = consumer.bias
-                    if shift is not None:
-                        added = weight @ shift
-                        bias = added if bias is None else bias + added
-                    deployed = quantize_weight(weight * scale, weights)
-                    forward = lambda x, w=deployed, b=bias: F.linear(quantized(x), w, b)  # noqa: E731
-                    consumer.forward = forward  # type: ignore[method-assign]
-                    undo.callback(delattr, consumer, "forward")
+                    target.extend(out.clone() for out in self._outputs())
+                shared.rescale(scale)
+                for consumer in consumers:
+                    consumer.linear.forward = consumer.quantized(scale, shared)  # type: ignore[method-assign, assignment]
+                    undo.callback(delattr, consumer.linear, "forward")
                 total = count = 0.0
                 for got, want, mask in zip(self._outputs(), target, self.masks, strict=True):
-                    error = (got - want).float().square().sum(-1)
+                    error = (got - want).float().square_().sum(-1)
                     keep = error if mask is None or mask.shape != error.shape else error[mask]
                     total, count = total + float(keep.sum()), count + keep.numel()
                 return total / max(count, 1)
 
         return loss
+
+
+class _Buffers:
+    """What one candidate writes and the next overwrites; objectives that are asked in turn may share it."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+        self._codes: dict[nn.Module, WeightCodes] = {}
+
+    def codes_of(self, linear: nn.Linear, spec: AffineSpec) -> WeightCodes:
+        if linear not in self._codes:
+            self._codes[linear] = WeightCodes(linear.weight, spec)
+        return self._codes[linear]
+
+
+class _SharedInput:
+    """The input of a site's consumers, quantized once for all that take the same tensor."""
+
+    def __init__(
+        self, shift: Tensor | None, lo: Tensor, hi: Tensor, inputs: AffineSpec | None, buffers: _Buffers
+    ) -> None:
+        self.shift, self.lo, self.hi, self.inputs, self.buffers = shift, lo, hi, inputs, buffers
+
+    def rescale(self, scale: Tensor) -> None:
+        """For the next candidate."""
+        self.scale = scale
+        self._of: Tensor | None = None  # held, so that its address stays its own
+        self._made: Tensor | Encoded | None = None
+
+    def floats(self, x: Tensor) -> Tensor:
+        """x as the consumers see it, in floats."""
+        if self._of is not x:
+            moved = (x if self.shift is None else x - self.shift) / self.scale
+            self._made = quantize_input(moved, self.inputs, self.lo / self.scale, self.hi / self.scale)
+            self._of = x
+        assert isinstance(self._made, Tensor)
+        return self._made
+
+    def codes(self, x: Tensor) -> Encoded:
+        """x [..., n] as rows of codes, valid until the next input is asked for."""
+        if self._of is not x:
+            assert self.inputs is not None
+            rows = (x if self.shift is None else x - self.shift).reshape(-1, x.shape[-1])
+            self._made = encoded(rows, InputCodes(self.inputs, self.lo, self.hi, self.scale), self.buffers.scratch)
+            self._of = x
+        assert isinstance(self._made, tuple)
+        return self._made
+
+
+class _Consumer:
+    """A Linear of the site, quantized anew for every candidate."""
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        shift: Tensor | None,
+        inputs: AffineSpec | None,
+        weights: AffineSpec,
+        buffers: _Buffers,
+    ) -> None:
+        assert isinstance(linear, nn.Linear)
+        self.linear, self.weights, self.buffers = linear, weights, buffers
+        self.bias: Tensor | None = linear.bias
+        if shift is not None:
+            added = linear.weight @ shift
+            self.bias = added if self.bias is None else self.bias + added
+        self.integer = takes_integers(inputs, weights, linear.weight)
+
+    def quantized(self, scale: Tensor, shared: _SharedInput) -> Callable[[Tensor], Tensor]:
+        """The forward that stands in for the Linear's own; its result is overwritten by its next one."""
+        if not self.integer:
+            weight = quantize_weight(self.linear.weight * scale, self.weights)
+            return lambda x: F.linear(shared.floats(x), weight, self.bias)
+        codes = self.buffers.codes_of(self.linear, self.weights)(self.linear.weight, scale)
+
+        def forward(x: Tensor) -> Tensor:
+            y = product(shared.codes(x), codes, self.buffers.scratch, f"product {id(self.linear)}")
+            if self.bias is not None:
+                y.add_(self.bias)
+            return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+        return forward

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from calib.errors import InputError, ModelError, OutputError
 from calib.model import Resident, TensorFiles
 from calib.nn import AttentionFormat, QuantLinear, describe_linear, quant_linear
+from calib.observers import ranks
 from calib.quantizers import AffineSpec
 
 LINES, LOCK, CARRIED = "journal.jsonl", ".lock", "carried"
@@ -36,19 +37,26 @@ class Journal:
     OutputError where its files are not what it wrote, or another process is at work."""
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any], *, anew: bool = False) -> None:
+        """Rank 0 of a distributed run writes the journal; the others open it when rank 0 has, and read it."""
+        if ranks.rank() > 0:
+            ranks.meet("opening the journal")
         self.folder = folder
         self.records: dict[str, dict[str, Any]] = {}
         self.model = folder / "model"
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / LOCK).open("w")
+        self._head = json.loads(json.dumps(fingerprint, default=str))
+        if ranks.rank() > 0:
+            self.read()
+            return
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise OutputError(f"another process is writing {folder}", "wait for it, or choose another --out") from error
         if anew or not self.model.is_dir():  # without it the run that this was has ended
             self._clear()
-        self._head = json.loads(json.dumps(fingerprint, default=str))
         self._open()
+        ranks.meet("opening the journal")
 
     @property
     def resumed(self) -> int:
@@ -62,15 +70,19 @@ class Journal:
             self._clear()
             _append(file, self._head)
             return
-        head, *records = lines
+        head = lines[0]
         if head != self._head:
             name, before, now = _difference(head, self._head)
             raise InputError(f"{self.folder} was begun with another {name} ({before}, now {now})", ANEW)
-        for record in records:
+        self.read()
+        for record in self.records.values():
             for shard in ("shard", "carried"):
                 if record.get(shard) is not None:
                     self._check(record[shard])
-            self.records[record["block"]] = record
+
+    def read(self) -> None:
+        """Take the finished blocks from the file, where another process may have added some."""
+        self.records = {record["block"]: record for record in _whole_lines(self.folder / LINES)[1:]}
 
     def _clear(self) -> None:
         for stray in self.folder.iterdir():
@@ -147,7 +159,7 @@ class Journal:
 
     def close(self, *, remove: bool) -> None:
         """Let go of the folder; what is worth nothing to a later run is removed."""
-        if remove or not self.records:
+        if ranks.rank() == 0 and (remove or not self.records):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 

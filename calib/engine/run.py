@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +19,10 @@ from calib.engine.hidden import HiddenStates
 from calib.engine.journal import Journal
 from calib.engine.memory import reuse_pages
 from calib.engine.prefix import PrefixBuilder
+from calib.errors import InputError
 from calib.methods import resolve
 from calib.model import Batch, BlockInputs, Plan, Resident, Stack, capture
+from calib.observers import ranks
 from calib.recipe import Recipe
 
 PROBE_TOKENS = 512
@@ -36,17 +38,39 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
 
-def split_probes(batches: Sequence[Batch]) -> list[Batch]:
-    """The same rows, with the first ones in three small batches: a search ranks on the first, scores on all three."""
-    rows, first = [], dict(batches[0])
-    length = next(iter(first.values())).shape[-1]
-    size = next(iter(first.values())).shape[0]
+@dataclass
+class Share:
+    """What this process runs of the data: its batches, and the number of each one's first token in the whole."""
+
+    batches: list[Batch]
+    first: list[int]
+
+
+def share_of(batches: Sequence[Batch], rank: int, world: int) -> Share:
+    """Rank 0 searches, so it has the first batch, split by ``split_probes``; the others are dealt out in turn."""
+    if len(batches) < world:
+        cause = f"{len(batches)} batches of calibration data cannot be shared by {world} processes"
+        raise InputError(cause, "lower --batch-size, or start fewer processes")
+    start, mine = 0, Share([], [])
+    for number, batch in enumerate(batches):
+        for part in split_probes(batch) if number == 0 else [batch]:
+            if number % world == rank:
+                mine.batches.append(part)
+                mine.first.append(start)
+            start += next(iter(part.values())).shape[:2].numel()
+    return mine
+
+
+def split_probes(batch: Batch) -> list[Batch]:
+    """The same rows, the first ones in three small batches: a search ranks on the first and scores on all three."""
+    size, length = next(iter(batch.values())).shape[:2]
     take = max(1, -(-PROBE_TOKENS // max(length, 1)))
     cuts = [0, take, 2 * take, min(4 * take, size), size]
-    for start, end in itertools.pairwise(cuts):
-        if start < min(end, size):
-            rows.append({k: v[start:end] for k, v in first.items()})
-    return [*rows, *batches[1:]]
+    return [
+        {key: value[start:end] for key, value in batch.items()}
+        for start, end in itertools.pairwise(cuts)
+        if start < min(end, size)
+    ]
 
 
 class Engine:
@@ -80,20 +104,22 @@ class Engine:
     def run(self, batches: Sequence[Batch]) -> Outcome:
         """Process every stack. The model's planned Linears are QuantLinears afterwards."""
         reuse_pages()
-        batches = split_probes(batches)
+        self._share = share_of(batches, ranks.rank(), ranks.world())
         with torch.no_grad(), tqdm(total=len(self._blocks), unit="block", disable=not self.progress) as bar:
             bar.set_description("calibrating")
             for stack in self.plan.stacks:
                 extra = {"past_key_values": self.prefix.cache} if self.prefix else None
                 with self._timed("capture"), self.store.keeping():
-                    inputs = capture(self.model, stack, batches, extra, self._hidden())
+                    inputs = capture(self.model, stack, self._share.batches, extra, self._hidden())
                     prefix = self._prefix_inputs(stack)
                 for i, name in enumerate(stack.names):
                     if self.journal is not None and name in self.journal.records:
                         self._again(name, i, inputs, prefix, self.journal)
                     else:
                         with self.store.hold(name):
-                            self._block(name, i, inputs, prefix)
+                            float_outputs = self._block(name, i, inputs, prefix)
+                        if ranks.rank() > 0:
+                            self._from_rank_0(name, i, inputs, prefix, float_outputs)
                     bar.update()
                     bar.set_postfix_str(self._worst())
         return self.outcome
@@ -101,19 +127,23 @@ class Engine:
     def _hidden(self) -> HiddenStates:
         return HiddenStates(self.budget, None if self.journal is None else self.journal.folder)
 
-    def _block(self, name: str, i: int, inputs: BlockInputs, prefix: BlockInputs | None) -> None:
+    def _block(self, name: str, i: int, inputs: BlockInputs, prefix: BlockInputs | None) -> HiddenStates | None:
+        """All of a block; of a rank but 0 its observing, which all take part in. Float outputs, if they are kept."""
         block = self.model.get_submodule(name)
 
         def write_prefix() -> None:
             if self.prefix is not None and prefix is not None:
                 self.prefix.take(i, block, prefix.calls[0][i], prefix.hidden[0])
 
-        given = BlockInput(inputs.hidden, [calls[i] for calls in inputs.calls], inputs.masks, write_prefix)
+        given = self._given(i, inputs, write_prefix)
         with self._timed("probe"):
             work = BlockCalibration(name, block, self.plan, self.recipe, self.rounding, given)
         float_outputs = self._hidden() if self.recipe.inputs == "float" else None
         with self._timed("observe"):
             work.observe(float_outputs)
+        if ranks.rank() > 0:  # rank 0 does the rest, from the statistics of all
+            work.leave()
+            return float_outputs
         for state in work.states:
             for method in self.methods:
                 with self._timed("solve"):
@@ -140,6 +170,11 @@ class Engine:
             with self._timed("write"):
                 self.journal.write(name, block, self.shards[name], record, self._carried(i, prefix))
                 self.store.replaced(name, functools.partial(self.journal.files, name))
+            ranks.meet(f"writing {name}")
+        return float_outputs
+
+    def _given(self, i: int, inputs: BlockInputs, refresh: Callable[[], None]) -> BlockInput:
+        return BlockInput(inputs.hidden, [calls[i] for calls in inputs.calls], inputs.masks, refresh, self._share.first)
 
     def _propagate(self, block: nn.Module, given: BlockInput, start: int = 0) -> None:
         for j in range(start, len(given.calls)):
@@ -148,19 +183,38 @@ class Engine:
     def _again(self, name: str, i: int, inputs: BlockInputs, prefix: BlockInputs | None, journal: Journal) -> None:
         """A block that an earlier run finished: take its result and run it, so that the next one sees the same."""
         block = self.model.get_submodule(name)
-        given = BlockInput(inputs.hidden, [calls[i] for calls in inputs.calls], inputs.masks, lambda: None)
-        carried = journal.carried(name)
-        if self.prefix is not None and prefix is not None:
-            self.prefix.keys[i], self.prefix.values[i] = carried["prefix.keys"], carried["prefix.values"]
-            prefix.hidden[0] = carried["prefix.hidden"]
+        given = self._given(i, inputs, lambda: None)
         with self._timed("propagate"):
             if self.recipe.inputs == "float":
                 with self.store.hold(name):
                     self._propagate(block, given)
-            journal.restore(name, block, self.store, next(self.model.parameters()).dtype)
+            self._restore(name, i, prefix, journal)
             if self.recipe.inputs == "quantized":
                 with self.store.hold(name), packed(block):
                     self._propagate(block, given)
+
+    def _from_rank_0(
+        self, name: str, i: int, inputs: BlockInputs, prefix: BlockInputs | None, outputs: HiddenStates | None
+    ) -> None:
+        """Wait until rank 0 has written the block, take it, and run this process's batches through it."""
+        assert self.journal is not None
+        ranks.meet(f"writing {name}")
+        self.journal.read()
+        self._restore(name, i, prefix, self.journal)
+        block = self.model.get_submodule(name)
+        if outputs is not None:
+            inputs.hidden = outputs
+            return
+        with self._timed("propagate"), self.store.hold(name), packed(block):
+            self._propagate(block, self._given(i, inputs, lambda: None))
+
+    def _restore(self, name: str, i: int, prefix: BlockInputs | None, journal: Journal) -> None:
+        if self.prefix is not None and prefix is not None:
+            carried = journal.carried(name)
+            self.prefix.keys[i], self.prefix.values[i] = carried["prefix.keys"], carried["prefix.values"]
+            prefix.hidden[0] = carried["prefix.hidden"]
+        dtype = next(self.model.parameters()).dtype
+        journal.restore(name, self.model.get_submodule(name), self.store, dtype)
         self._take(name, journal.records[name])
 
     def _take(self, name: str, record: Mapping[str, Any]) -> None:

@@ -15,13 +15,14 @@ from calib.methods import ShiftScale, SiteView
 from calib.methods.base import Loss
 from calib.model import Site, takes_rotation, target_of
 from calib.nn import ActivationQuantizer, block_hadamard
-from calib.observers import Moments, Quantile, Range, RowSample, rows_of
+from calib.observers import Moments, Quantile, Range, RowSample, ranks, row_blocks
+from calib.observers.quantile import ENOUGH
 from calib.quantizers import AffineSpec, qparams, tensor_range
 from calib.recipe import Recipe
 from calib.solvers import LinearObjective
 from calib.transforms import SiteTransform
 
-RANK_ROWS, EXACT_ROWS = 256, 2048
+RANK_ROWS, RANK_OUTPUTS, EXACT_ROWS = 256, 256, 2048
 
 
 class SiteState:
@@ -41,17 +42,31 @@ class SiteState:
         self.transformed = False
         self.detail: dict[str, Any] = {}
 
-    def observe(self, group: int, x: Tensor, mask: Tensor | None) -> None:
-        rows = rows_of(x, mask)
-        self.range.update(rows)
-        self.sample.update(rows)
-        self.quantile.update(rows[:: max(1, rows.shape[0] // 256)])
-        self.tokens[group] += rows.shape[0]
-        if self.needs_moments:
-            self.moments[group].update(rows)
+    def observe(self, group: int, x: Tensor, mask: Tensor | None, first: int | None = None) -> None:
+        """Take x [..., n], the input of a group of consumers, where the token mask [...] keeps it.
+
+        first: the number, in the whole data, of the token at x's first position (padding counts as a position): with it
+        the row sample does not depend on which process saw which batch. None: tokens follow those seen so far. Where a
+        site has several groups (experts), routed rows are not the batch's rows and are always numbered so: right for
+        one process, and for several a sample as uniform but another one.
+        """
+        start = first if len(self.site.groups) == 1 else None
+        stride, taken = max(1, x.numel() // ENOUGH), 0
+        for rows, at in row_blocks(x, mask):
+            self.range.update(rows)
+            self.sample.update(rows, None if start is None else start + at)
+            self.quantile.update(rows[-taken % stride :: stride])
+            if self.needs_moments:
+                self.moments[group].update(rows)
+            taken += rows.shape[0]
+        self.tokens[group] += taken
 
     def finish(self, name: str) -> None:
-        """After observing: refuse what is not finite; an expert nobody reached gets the whole site's moments."""
+        """After observing: become the statistics of all ranks, where torch.distributed runs (every rank must call it,
+        once); refuse what is not finite; an expert nobody reached gets the whole site's moments."""
+        for observer in (self.range, self.sample, self.quantile, *self.moments):
+            observer.all_reduce()
+        self.tokens = ranks.total(self.tokens)
         if self.range.count == 0:
             raise NumericsError(f"{name} saw no calibration token", "give more data, or exclude the layer")
         if not bool(torch.isfinite(self.range.absmax).all()):
@@ -72,9 +87,14 @@ class SiteState:
         """What site methods see. probes: the site's context objective on few and on many tokens, where it has one."""
         consumers = self.target.consumers
         fused = "fused" in self.recipe.sites and self.whole
-        weight = torch.cat([c.weight for c in consumers]).detach()
+        for probe in probes[1:]:
+            probe.share(probes[0])
         lo, hi = self.target.tie(self.range.lo, "amin"), self.target.tie(self.range.hi, "amax")
         scheme = self.recipe.scheme
+
+        @functools.cache
+        def stacked() -> Tensor:  # where the context is judged it is not needed
+            return torch.cat([c.weight for c in consumers]).detach()
 
         def objective(shift: Tensor | None, hadamard: int) -> tuple[Loss, Loss]:
             low, high = (lo, hi) if shift is None else (lo - shift, hi - shift)
@@ -83,18 +103,15 @@ class SiteState:
                 few, many = (probe.prepare(shift, low, high, scheme.inputs, scheme.weights) for probe in probes)
                 return few, many
             rows = self.sample.rows if shift is None else self.sample.rows - shift
-            inputs = scheme.inputs
-            return (
-                LinearObjective(rows[:RANK_ROWS], weight, low, high, inputs, scheme.weights, rotate),
-                LinearObjective(rows, weight, low, high, inputs, scheme.weights, rotate),
-            )
+            many = LinearObjective(rows, stacked(), low, high, scheme.inputs, scheme.weights, rotate)
+            return many.sampled(RANK_ROWS, RANK_OUTPUTS if scheme.weights.bits == 8 else None), many
 
         return SiteView(
             self.target.name,
             self.site.kind,
             lo,
             hi,
-            weight.abs().amax(0),
+            torch.stack([torch.maximum(c.weight.amax(0), -c.weight.amin(0)) for c in consumers]).amax(0).detach(),
             can_shift=self.takes_shift or fused,
             can_scale=self.foldable or fused,
             objective=objective,

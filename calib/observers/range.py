@@ -2,14 +2,68 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from calib.observers.base import ROW_BLOCK, Observer
+from calib.observers.base import BLOCK, Observer, block_rows
+from calib.observers.ranks import gathered, total
+
+WORDS = {
+    torch.float32: (torch.int32, np.uint32),
+    torch.bfloat16: (torch.int16, np.uint16),
+    torch.float16: (torch.int16, np.uint16),
+}
+
+
+Words: TypeAlias = "tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]"
+INF, ZERO = np.float32(np.inf), np.float32(0)  # adding 0 makes -0 and 0 one
+
+
+def _floats(words: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    if dtype == torch.float32:
+        return words.view(np.float32)
+    return torch.from_numpy(words).view(dtype).float().numpy()
+
+
+def _scan(signed: np.ndarray, unsigned: Any, one_sign: np.ndarray, step: int) -> Words:
+    """Signed and unsigned maxima over rows, and signed minima of the channels that keep one sign."""
+    plain = signed.view(unsigned)
+    top, deep, near = signed[0].copy(), plain[0].copy(), signed[0].copy()
+    open_ = bool(one_sign.any())
+    for start in range(0, len(signed), step):  # blocks stay in cache for the second pass
+        block = slice(start, start + step)
+        np.maximum(top, np.maximum.reduce(signed[block], axis=0), out=top)
+        np.maximum(deep, np.maximum.reduce(plain[block], axis=0), out=deep)
+        if open_:
+            one_sign &= (top < 0) | (deep.view(signed.dtype) >= 0)
+            if open_ := bool(one_sign.any()):
+                np.minimum(near, np.minimum.reduce(signed[block], axis=0), out=near)
+    return top, deep, near, one_sign
+
+
+def _joined(a: Words, b: Words) -> Words:
+    top, deep, near = np.maximum(a[0], b[0]), np.maximum(a[1], b[1]), np.minimum(a[2], b[2])
+    return top, deep, near, a[3] & b[3] & ((top < 0) | (deep.view(top.dtype) >= 0))
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="range")
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 class Range(Observer):
-    """Running min and max of n channels, fp32; merging is exact to the bit."""
+    """Running min and max of n channels, fp32; neither order nor merging nor processes change a bit of it."""
 
     def __init__(self, features: int) -> None:
         self.lo = torch.full((features,), torch.inf)
@@ -21,29 +75,63 @@ class Range(Observer):
         return torch.maximum(-self.lo, self.hi)
 
     def update(self, rows: Tensor) -> None:
-        rows = rows.float()
         self.count += rows.shape[0]
         self.lo, self.hi = self.lo.to(rows.device), self.hi.to(rows.device)
-        full = rows.shape[0] - rows.shape[0] % ROW_BLOCK
-        if full:  # running extremes over row blocks: four times faster than a reduction along dim 0
-            lo, hi = rows[:ROW_BLOCK].clone(), rows[:ROW_BLOCK].clone()
-            for start in range(ROW_BLOCK, full, ROW_BLOCK):
-                block = rows[start : start + ROW_BLOCK]
-                torch.minimum(lo, block, out=lo)
-                torch.maximum(hi, block, out=hi)
-            self._take(lo.amin(0), hi.amax(0))
-        if full < rows.shape[0]:
-            self._take(rows[full:].amin(0), rows[full:].amax(0))
+        if not rows.numel():
+            return
+        if rows.device.type == "cpu" and rows.dtype in WORDS:
+            lo, hi = self._extremes(rows.detach())
+            np.minimum(self.lo.numpy(), lo, out=self.lo.numpy())
+            np.maximum(self.hi.numpy(), hi, out=self.hi.numpy())
+            return
+        for block in rows.detach().split(block_rows(rows.shape[1], rows.device)):
+            block = block.float()
+            self._take(block.amin(0), block.amax(0))
+
+    def _extremes(self, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """(lo, hi) [n] of rows [T, n], as far as they can move the running ones.
+
+        A float is a sign and a magnitude. Read as integers, the signed maximum of some floats is therefore the largest
+        of them that is not negative, and the unsigned maximum the lowest of the negative ones. Integer maxima over
+        rows run at the speed of memory, in half types too, with nothing but [n] values to write. Only a channel of
+        one sign needs a third: the signed minimum is its value nearest to zero. NaN is the largest magnitude.
+        """
+        word, unsigned = WORDS[rows.dtype]
+        signed = rows.view(word).numpy()
+        step = max(1, 4 * BLOCK // (rows.itemsize * rows.shape[1]))
+        one_sign = (self.lo.numpy() > 0) | (self.hi.numpy() < 0)  # so far; of the others only new extremes matter
+        threads = min(torch.get_num_threads(), len(signed) // (2 * step))
+        if threads > 1:
+            parts = np.array_split(signed, threads)
+            found = list(_pool(threads).map(lambda part: _scan(part, unsigned, one_sign.copy(), step), parts))
+        else:
+            found = [_scan(signed, unsigned, one_sign, step)]
+        top, deep, near, one_sign = functools.reduce(_joined, found)
+        low = deep.view(top.dtype)
+        hi = np.where(top >= 0, _floats(top, rows.dtype), -INF)
+        lo = np.where(low < 0, _floats(low, rows.dtype), INF)
+        if one_sign.any():
+            nearest = _floats(near, rows.dtype)
+            hi, lo = np.where(one_sign & (top < 0), nearest, hi), np.where(one_sign & (low >= 0), nearest, lo)
+        if (lost := np.isnan(lo) | np.isnan(hi)).any():
+            hi[lost] = lo[lost] = np.nan
+        return lo + ZERO, hi + ZERO
 
     def _take(self, lo: Tensor, hi: Tensor) -> None:
-        # torch's minimum and maximum carry NaN on, so a single one is seen at the end
-        torch.minimum(self.lo, lo, out=self.lo)
-        torch.maximum(self.hi, hi, out=self.hi)
+        # minimum and maximum carry NaN on, so a single one is seen at the end
+        torch.minimum(self.lo, lo + 0.0, out=self.lo)
+        torch.maximum(self.hi, hi + 0.0, out=self.hi)
 
     def merge(self, other: Observer) -> None:
         assert isinstance(other, Range)
         self._take(other.lo, other.hi)
         self.count += other.count
+
+    def all_reduce(self, group: ProcessGroup | None = None) -> None:
+        # gathered, not reduced: a backend's own minimum may lose a NaN
+        for lo, hi in gathered(torch.stack([self.lo, self.hi]), group):
+            self._take(lo, hi)
+        (self.count,) = total([self.count], group)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"lo": self.lo, "hi": self.hi, "count": torch.tensor(self.count)}

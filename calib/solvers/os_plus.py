@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ def exhaustive_grid(absmax: Tensor, lower: float = 1.0) -> list[float]:
     return [top - i * step for i in range(count + 1)] if top > 0 else []
 
 
-def coarse_grid(absmax: Tensor, count: int = 16) -> list[float]:
+def fast_grid(absmax: Tensor, count: int = 91) -> list[float]:
     """``count`` log-spaced thresholds from T down to a quarter of the median channel (or T / 64, if that is lower)."""
     top = float(absmax.amax())
     if top <= 0:
@@ -66,10 +66,17 @@ def search_exhaustive(absmax: Tensor, loss: Loss, grid: Sequence[float] | None =
     return Search(best[0], scale_for(absmax, best[0]), best[1], identity, tuple(curve))
 
 
-def rank_coarse(absmax: Tensor, rank: Loss) -> list[tuple[float, float]]:
-    """(threshold, loss) of s = 1 (threshold inf) and of the coarse grid, largest threshold first."""
+def rank_coarse(
+    absmax: Tensor, rank: Loss, grid: Sequence[float] | None = None, count: int = 16
+) -> list[tuple[float, float]]:
+    """(threshold, loss) of s = 1 (threshold inf) and of ``count`` thresholds of the grid, evenly spaced in their
+    logarithm, largest first."""
+    grid = sorted(fast_grid(absmax) if grid is None else grid, reverse=True)
     first = (float("inf"), rank(torch.ones_like(absmax)))
-    return [first, *((t, rank(scale_for(absmax, t))) for t in coarse_grid(absmax))]
+    if len(grid) > count:
+        steps = [grid[0] * (grid[-1] / grid[0]) ** (i / (count - 1)) for i in range(count)]
+        grid = sorted({min(grid, key=lambda t: abs(t - step)) for step in steps}, reverse=True)
+    return [first, *((t, rank(scale_for(absmax, t))) for t in grid)]
 
 
 def search_fast(
@@ -77,27 +84,40 @@ def search_fast(
     rank: Loss,
     exact: Loss,
     coarse: Sequence[tuple[float, float]] | None = None,
+    grid: Sequence[float] | None = None,
+    around: int = 2,
     refine: int = 6,
     keep: int = 3,
 ) -> Search:
-    """Rank a coarse grid and ``refine`` points around its best with ``rank``, then s = 1 and the best ``keep`` exactly.
+    """Rank a coarse part of the grid, narrow it around the best, then score s = 1 and the best ``keep`` exactly.
 
-    rank, exact: the same objective on few and on many rows. coarse: ``rank_coarse``'s result, where it is known. The
-    scale returned is never worse than s = 1 on ``exact``.
+    rank, exact: the same objective on few and on many rows. coarse: ``rank_coarse``'s result, where it is known. grid:
+    the candidates (default: ``fast_grid``). around, refine: the intervals beside how many of the best are narrowed, by
+    how many points at a time; losses are jagged where few tokens make them. The scale returned is never worse than
+    s = 1 on ``exact``.
     """
-    ones = torch.ones_like(absmax)
-    start, *ranked = coarse or rank_coarse(absmax, rank)
-    if ranked:
-        at = min(range(len(ranked)), key=lambda i: ranked[i][1])
-        high, low = ranked[max(at - 1, 0)][0], ranked[min(at + 1, len(ranked) - 1)][0]
-        for i in range(1, refine + 1):
-            threshold = high * (low / high) ** (i / (refine + 1))
-            ranked.append((threshold, rank(scale_for(absmax, threshold))))
-    identity = exact(ones)
-    best = (float("inf"), identity)
-    for threshold, _ in sorted(ranked, key=lambda point: point[1])[:keep]:
-        score = exact(scale_for(absmax, threshold))
+    grid = sorted(fast_grid(absmax) if grid is None else grid, reverse=True)
+    start, *ranked = coarse or rank_coarse(absmax, rank, grid)
+    known = dict(ranked)
+    while new := _narrowed(grid, known, around, refine):
+        known |= {t: rank(scale_for(absmax, t)) for t in new}
+    identity = exact(torch.ones_like(absmax))
+    best, top = (float("inf"), identity), float(absmax.amax())
+    for t in sorted((t for t in known if t < top), key=known.__getitem__)[:keep]:
+        score = exact(scale_for(absmax, t))
         if score < best[1]:
-            best = (threshold, score)
-    curve = (start, *sorted(ranked, reverse=True))
+            best = (t, score)
+    curve = (start, *sorted(known.items(), reverse=True))
     return Search(best[0], scale_for(absmax, best[0]), best[1], identity, curve)
+
+
+def _narrowed(grid: Sequence[float], known: Mapping[float, float], around: int, refine: int) -> list[float]:
+    """The grid's points to ask next: ``refine`` evenly spaced ones between each of the best points' neighbours."""
+    points, new = sorted(known, reverse=True), dict[float, None]()
+    for best in sorted(points, key=known.__getitem__)[:around]:
+        at = points.index(best)
+        high, low = points[max(at - 1, 0)], points[min(at + 1, len(points) - 1)]
+        between = [t for t in grid if low < t < high and t not in known]
+        number = min(refine, len(between))
+        new |= dict.fromkeys(between[int((i + 0.5) * len(between) / number)] for i in range(number))
+    return list(new)

@@ -1,0 +1,296 @@
+"""OS+'s threshold search: the naive grid against ours, on the same 100 candidates.
+
+    python -m experiments.bench.search [--json experiments/bench/results-search.json] [--model]
+
+naive: every candidate of the paper's linear grid (t = T k / 100) in fp32 on all 2048 rows, in reused buffers and
+blocks of rows in cache. ours: ``search_fast`` on that grid. Both pay for the float target. Activations 8 bits, static,
+per tensor; weights per channel. regret: exact loss of our pick over the least of the grid, less one. Seconds are CPU
+seconds of one thread, naive and ours in turn in one process, the best of several rounds: only their ratio means
+anything.
+
+--model: on the sites of smollm2-135m (first 16 x 512 tokens of WikiText-2's validation text), the pick against the best
+of 200 candidates (100 log-spaced, 100 linear) of every variant; and the sites for which the reference implementation
+was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import calib
+from calib.engine.memory import reuse_pages
+from calib.methods import OSPlus, ShiftScale, SiteView
+from calib.methods.os_plus import RUNS_GEMM, RUNS_MODULES
+from calib.quantizers import AffineSpec, qparams
+from calib.recipe import Recipe
+from calib.solvers import LinearObjective, Search, midpoint, rank_coarse, search_exhaustive, search_fast
+from calib.solvers.os_plus import fast_grid
+
+TOKENS, CANDIDATES = 2048, 100
+SHAPES = [(768, 3072), (4096, 4096)]  # outputs x inputs
+INPUTS = AffineSpec(8, symmetric=False, granularity="tensor")
+CACHED = 1 << 18
+TEXT = Path("../shared/data/wikitext-2/valid.txt")
+# CPU seconds and best loss over the identity's, of the reference implementation (one thread, 101 candidates)
+REFERENCE = {
+    "0.self_attn.q_proj": (79.0, 0.049),
+    "0.mlp.gate_proj": (71.0, 0.160),
+    "0.mlp.down_proj": (53.0, 0.060),
+    "11.self_attn.q_proj": (80.0, 0.057),
+    "11.mlp.down_proj": (3600.0, 0.096),
+}
+
+
+def planted(seed: int, outputs: int, n: int) -> tuple[Tensor, Tensor]:
+    """Rows [2048, n] in which one channel in 128 is 2 to 63 times as large as the others, and a weight."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(TOKENS, n, generator=g)
+    count = max(4, n // 128)
+    worst = torch.randperm(n, generator=g)[:count]
+    x[:, worst] *= 10 ** (0.3 + 1.5 * torch.rand(count, generator=g))
+    return x, torch.randn(outputs, n, generator=g) * n**-0.5
+
+
+def linear_grid(absmax: Tensor, count: int = CANDIDATES) -> list[float]:
+    """The paper's Algorithm 1: t = T k / count."""
+    top = float(absmax.amax())
+    return [top * k / count for k in range(count, 0, -1)]
+
+
+def naive(x: Tensor, weight: Tensor, lo: Tensor, hi: Tensor, weights: AffineSpec, grid: Sequence[float]) -> Search:
+    """The full grid in fp32: fake-quantize both sides in place, one GEMM, one pass over the error."""
+    absmax, target = torch.maximum(-lo, hi), x @ weight.T
+    xq, wq, y = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(target)
+    block = max(1, CACHED // x.shape[1])
+
+    def loss(scale: Tensor) -> float:
+        step, zero = (float(p) for p in qparams((lo / scale).amin(), (hi / scale).amax(), INPUTS))
+        for start in range(0, len(x), block):
+            q = torch.div(x[start : start + block], scale, out=xq[start : start + block])
+            q.div_(step).add_(zero).round_().clamp_(INPUTS.qmin, INPUTS.qmax).sub_(zero).mul_(step)
+        for start in range(0, len(weight), block):
+            q = torch.mul(weight[start : start + block], scale, out=wq[start : start + block])
+            width = qparams(q.amin(1, keepdim=True), q.amax(1, keepdim=True), weights)[0]
+            q.div_(width).round_().mul_(width)
+        error = torch.mm(xq, wq.T, out=y).sub_(target).view(-1)
+        return float(torch.dot(error, error)) / len(x)
+
+    return search_exhaustive(absmax, loss, grid)
+
+
+def ours(x: Tensor, weight: Tensor, lo: Tensor, hi: Tensor, weights: AffineSpec, grid: Sequence[float]) -> Search:
+    """As the engine searches a site, on a given grid."""
+    absmax = torch.maximum(-lo, hi)
+    exact = LinearObjective(x, weight, lo, hi, INPUTS, weights)
+    few = exact.sampled(256, 256 if weights.bits == 8 else None)
+    effort = RUNS_GEMM if few.small else RUNS_MODULES
+    coarse = rank_coarse(absmax, few, grid, effort.coarse)
+    return search_fast(absmax, few, exact, coarse, grid, effort.around, keep=effort.keep)
+
+
+def timed(run: Callable[[], Search]) -> tuple[float, Search]:
+    start = time.process_time()
+    found = run()
+    return time.process_time() - start, found
+
+
+def cell(shape: tuple[int, int], bits: int, seeds: int, rounds: int) -> dict[str, Any]:
+    """naive and ours on seed 0, in turn; the regret of our pick on all seeds (the grid's losses by integer GEMM)."""
+    weights, picks, regrets, row = AffineSpec(bits), 0, [], dict[str, Any]()
+    for seed in range(seeds):
+        x, weight = planted(seed, *shape)
+        lo, hi = x.amin(0), x.amax(0)
+        grid = linear_grid(torch.maximum(-lo, hi))
+        arguments = (x, weight, lo, hi, weights, grid)
+        if seed == 0:
+            mine, slow = [], []
+            for _ in range(rounds):
+                mine += [timed(functools.partial(ours, *arguments)) for _ in range(3)]
+                slow.append(timed(functools.partial(naive, *arguments)))
+            seconds, full = min(slow, key=lambda r: r[0])
+            fast_seconds, found = min(mine, key=lambda r: r[0])
+            losses = dict(full.curve)
+            row = {"naive_s": seconds, "ours_s": fast_seconds, "ratio": seconds / fast_seconds}
+            row["integer_vs_float"] = abs(found.loss / losses[found.threshold] - 1)
+        else:
+            found = ours(*arguments)
+            full = search_exhaustive(torch.maximum(-lo, hi), LinearObjective(x, weight, lo, hi, INPUTS, weights), grid)
+            losses = dict(full.curve)
+        picks += found.threshold == full.threshold
+        regrets.append(losses[found.threshold] / full.loss - 1)
+    row |= {
+        "same_pick": f"{picks}/{seeds}",
+        "seeds": seeds,
+        "regret_max": max(regrets),
+        "gain": full.loss / full.identity_loss,
+    }
+    return {"shape": f"{shape[0]}x{shape[1]}", "weight_bits": bits, **row}
+
+
+def first_windows(tokenizer: Any) -> list[dict[str, Tensor]]:
+    """The first 16 x 512 tokens of the text, as the reference was measured: other windows have other extremes, on which
+    the identity's loss depends quadratically."""
+    ids = torch.tensor(tokenizer(TEXT.read_text(encoding="utf-8")[:200_000])["input_ids"][: 16 * 512]).view(16, 512)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in torch.split(ids, 8)]
+
+
+def compare_sites(
+    blocks: Sequence[int] | None, layers: int | None, dense: bool, **options: Any
+) -> list[dict[str, Any]]:
+    """One row a site of smollm2-135m: CPU seconds of the fast search, its loss over the identity's and over the best of
+    a dense grid (dense=False: not searched)."""
+    from model_zoo import sources
+
+    model, tokenizer = sources.load_model(sources.resolve("smollm2-135m", progress=False), progress=False)
+    if layers is not None:
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+    rows, solve = [], OSPlus.solve
+
+    def compared(self: OSPlus, site: SiteView, recipe: Recipe) -> ShiftScale:
+        start = time.process_time()
+        found = solve(self, site, recipe)
+        row = {"site": site.name, "seconds": time.process_time() - start, **found.detail}
+        rows.append(row)
+        row["block"] = sum(1 for other in rows if other["site"] == site.name) - 1
+        if dense and (blocks is None or row["block"] in blocks):
+            best, start = float("inf"), time.process_time()
+            for shift in [midpoint(site.lo, site.hi), None] if site.can_shift and recipe.shift else [None]:
+                z = 0.0 if shift is None else shift
+                absmax = torch.maximum(-(site.lo - z), site.hi - z)
+                _, many = site.objective(shift, 1)
+                grid = sorted(fast_grid(absmax, 100) + linear_grid(absmax), reverse=True)
+                best = min(best, search_exhaustive(absmax, many, grid).loss)
+            row |= {"over_best": found.detail["loss"] / best, "dense_seconds": time.process_time() - start}
+        return found
+
+    with mock.patch.object(OSPlus, "solve", compared):
+        result = calib.quantize(
+            model,
+            "w8a8-static",
+            "os+",
+            first_windows(tokenizer),
+            tokenizer=tokenizer,
+            samples=16,
+            seq_len=512,
+            progress=False,
+            **options,
+        )
+    for row in rows:
+        row.pop("curve", None)
+        row["over_identity"] = row["loss"] / max(row["identity_loss"], 1e-30)
+    print(f"  (engine's solve stage: {result.seconds['solve']:.0f} s wall)")
+    return rows
+
+
+def model_report(blocks: Sequence[int] | None) -> dict[str, Any]:
+    """All sites against the dense grid; the reference's sites in the reference's setting."""
+    print("\nsmollm2-135m, w8a8-static, 16 x 512 tokens, default recipe")
+    sites = compare_sites(blocks, None, dense=True)
+    judged = [row for row in sites if "over_best" in row]
+    worst = max(judged, key=lambda row: row["over_best"])
+    seconds = [row["seconds"] for row in sites]
+    summary = {
+        "sites": len(sites),
+        "seconds_mean": sum(seconds) / len(seconds),
+        "seconds_max": max(seconds),
+        "judged": len(judged),
+        "within_1_percent": sum(row["over_best"] <= 1.01 for row in judged),
+        "worst_over_best": worst["over_best"],
+        "worst_site": f"{worst['block']}.{worst['site']}",
+    }
+    for row in judged:
+        print(f"  {row['block']:2d}.{row['site']:42s} {row['seconds']:5.2f} s  over best {row['over_best']:.4f}")
+    print(f"  {summary}")
+    print("\nreference's sites and setting: symmetric inputs, no shift, no prefix")
+    rows = compare_sites((), 12, dense=False, shift=False, prefix="none", scheme_options={"input_symmetric": True})
+    reference = []
+    for key, (cpu, ratio) in REFERENCE.items():
+        row = next(r for r in rows if f"{r['block']}.{r['site']}".startswith(key))
+        reference.append(
+            {
+                "site": key,
+                "reference_s": cpu,
+                "reference_ratio": ratio,
+                "seconds": row["seconds"],
+                "ratio": row["over_identity"],
+            }
+        )
+        print(
+            f"  {key:22s} ours {row['seconds']:.2f} s, loss ratio {row['over_identity']:.4f};"
+            f" reference {cpu:.0f} s, {ratio:.3f}"
+        )
+    return {"summary": summary, "sites": judged, "reference": reference}
+
+
+def machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    fields = (
+        [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line] if cpuinfo.exists() else []
+    )
+    names = {key.strip(): value.strip() for key, value in fields}
+    return {
+        "platform": platform.platform(),
+        "cpu": names.get("model name", platform.machine()),
+        "family": names.get("cpu family", ""),
+        "vnni": "avx512_vnni" in names.get("flags", "") or "avx_vnni" in names.get("flags", ""),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", action="store_true")
+    parser.add_argument("--blocks", help="of the model, to judge by the dense grid: 0,5,11 (default: all)")
+    parser.add_argument("--seeds", type=int, nargs=2, default=(20, 5), help="at 768x3072 and at 4096x4096")
+    parser.add_argument("--rounds", type=int, default=2, help="of timing")
+    parser.add_argument("--keep-pages", action="store_true", help="with glibc's mallopt set, as the engine runs")
+    parser.add_argument("--skip-shapes", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    kept = options.keep_pages and reuse_pages()
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "candidates": CANDIDATES,
+        "tokens": TOKENS,
+        "mallopt": kept,
+        "rows": [],
+    }
+    if not options.skip_shapes:
+        print(f"{'shape':10s} W  naive s   ours s  ratio  same pick  regret (max)  int vs float")
+        for shape, seeds in zip(SHAPES, options.seeds, strict=True):
+            for bits in (8, 4):
+                row = cell(shape, bits, seeds, options.rounds)
+                report["rows"].append(row)
+                print(
+                    f"{row['shape']:10s} {bits}  {row['naive_s']:7.2f}  {row['ours_s']:7.3f}  {row['ratio']:5.1f}"
+                    f"  {row['same_pick']:>9s}  {row['regret_max']:12.2e}  {row['integer_vs_float']:.1e}",
+                    flush=True,
+                )
+    if options.model:
+        if not TEXT.exists():
+            print(f"--model needs {TEXT}: skipped")
+        else:
+            report["model"] = model_report(
+                None if options.blocks is None else [int(b) for b in options.blocks.split(",")]
+            )
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
