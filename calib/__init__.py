@@ -18,7 +18,7 @@ from calib.errors import (
 from calib.export import hf as _hf
 from calib.export.load import load, load_tokenizer
 from calib.export.verify import VerifyReport, verify
-from calib.quantize import Result, plan, quantize  # `calib.quantize` is the function, not its module
+from calib.quantize import Result, cost, plan, quantize  # `calib.quantize` is the function, not its module
 
 __version__ = "0.1.0"
 _hf.register()
@@ -33,6 +33,7 @@ __all__ = [
     "Result",
     "VerifyError",
     "VerifyReport",
+    "cost",
     "load",
     "load_tokenizer",
     "plan",

@@ -50,6 +50,7 @@ Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows run at once.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
 Dtype = Annotated[str, typer.Option(help=f"Floats to load in: {', '.join(DTYPES)}.")]
+MaxMemory = Annotated[str | None, typer.Option(help="Memory a process may take, like 20GiB.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
 
@@ -69,12 +70,18 @@ def quantize(
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
+    max_memory: MaxMemory = None,
     threads: Threads = None,
     dtype: Dtype = "float32",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a model and write a verified checkpoint."""
+    """Quantize a model and write a verified checkpoint.
+
+    A run that was stopped goes on when the same command is given again.
+    """
+    from calib.model.cost import parse_size
+
     _set_up(threads, quiet)
     quiet = quiet or int(os.environ.get("RANK", "0")) > 0  # under torchrun the first process speaks
     as_json = as_json and not int(os.environ.get("RANK", "0"))
@@ -90,6 +97,7 @@ def quantize(
             overwrite=overwrite,
             verified=verify,
             dtype=_dtype(dtype),
+            max_memory=None if max_memory is None else parse_size(max_memory),
             progress=not quiet,
             **recipe.arguments(model),
         )
@@ -110,15 +118,45 @@ def quantize(
 @app.command()
 @with_recipe_options
 def plan(
-    model: Model, recipe: RecipeOptions, threads: Threads = None, as_json: Json = False, quiet: Quiet = False
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for quantize, or a config.json.")],
+    recipe: RecipeOptions,
+    samples: Samples = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
+    batch_size: BatchSize = 8,
+    max_memory: MaxMemory = None,
+    out: Annotated[str | None, typer.Option(help="Where the checkpoint would go: whose disk is measured.")] = None,
+    prove: Annotated[bool, typer.Option("--prove", help="Read the weights and prove each fold.")] = False,
+    threads: Threads = None,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Say what quantize would do to every linear, and why some stay out, without doing it."""
+    """Say what quantize would do to every linear and what it would cost, without doing it.
+
+    Only the model's config is needed, and a few seconds.
+    """
+    from calib.model.cost import parse_size, refuse
+
     _set_up(threads, quiet)
-    found = calib.plan(model, progress=not quiet, **recipe.arguments(model))
+    arguments = recipe.arguments(model)
+    limit = None if max_memory is None else parse_size(max_memory)
+    cost = calib.cost(
+        model,
+        dtype=_dtype(dtype),
+        max_memory=limit,
+        out=out,
+        progress=not quiet,
+        samples=samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        **arguments,
+    )
+    found = calib.plan(model, progress=not quiet, **arguments) if prove else cost.plan
     if not quiet:
-        print(found.table())
+        print(f"{found.table()}\n\n{cost.table()}")
+    refuse(cost, limit)
     if as_json:
-        _print_json(found.summary())
+        _print_json({**found.summary(), "cost": cost.as_dict()})
 
 
 @app.command(name="eval")

@@ -26,7 +26,8 @@ from calib.export.streamed import Shards
 from calib.export.streamed import write as write_streamed
 from calib.export.verify import answer, reference_batch, verify
 from calib.methods import Hadamard, resolve
-from calib.model import Plan, Resident, make_plan, small_batch, takes_rotation
+from calib.model import Plan, Resident, is_finite, make_plan, small_batch, takes_rotation
+from calib.model.cost import BUDGET, Cost, estimate, refuse
 from calib.nn import QuantLinear, route_attention
 from calib.observers import ranks
 from calib.recipe import Recipe, Scheme
@@ -159,15 +160,19 @@ def quantize(
     verified: bool = True,
     progress: bool = True,
     dtype: torch.dtype = torch.float32,
+    max_memory: int | None = None,
     scheme_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> Result:
     """Quantize ``model`` (a name in the zoo, a folder, a hub id, or an nn.Module, which is changed in place).
 
     scheme: a preset name or Scheme; scheme_options change a preset (calib.recipe.scheme). method: ``"os+"``,
-    ``"os+,gptq"``, ``"hadamard,os+"``, ``"smoothquant:0.8"``, ``"rtn"``. data: file, folder, hub id, strings
-    or token dicts; None uses text that needs no network. options: fields of calib.recipe.Recipe (samples,
-    seq_len, seed, sites, prefix, search, shift, scale, inputs, float_rows, batch_size, damp).
+    ``"os+,gptq"``, ``"hadamard,os+"``, ``"smoothquant:0.8"``, ``"rtn"``. data: file, folder, hub id, strings or token
+    dicts; None uses text that needs no network. out: the folder to write; weights then come from the model's files a
+    block at a time, finished blocks are journaled beside it, and the same call goes on where a killed one stopped.
+    max_memory: bytes that the process may take; hidden states that do not fit lie in a file. options: fields of
+    calib.recipe.Recipe (samples, seq_len, seed, sites, prefix, search, shift, scale, inputs, float_rows, batch_size,
+    damp).
 
     Raises InputError, DataError, ModelError, NumericsError, OutputError, VerifyError: one line each, cause
     and fix.
@@ -181,6 +186,7 @@ def quantize(
         _check_apart(out, model, data)
         check_out(out, overwrite=overwrite)
     network, tokenizer, store = _load(model, tokenizer, dtype, progress, streamed=out is not None)
+    budget = _budget(network, store, recipe, dtype, max_memory)
     if out is not None:
         checkpoint.require_transformers(network)
     seconds["load"] = time.perf_counter() - started
@@ -222,6 +228,7 @@ def quantize(
             store=store,
             journal=journal,
             shards=None if shards is None else shards.blocks,
+            budget=budget,
         )
         with writing(Path(out)) if out is not None else contextlib.nullcontext():
             outcome = engine.run(tokens.batches)
@@ -273,6 +280,37 @@ def plan(
     recipe = _recipe(scheme, method, format, torch.float32, scheme_options, short)
     network, tokenizer, store = _load(model, tokenizer, torch.float32, progress, streamed=True)
     return _plan(network, recipe, _data(network, tokenizer, None, recipe), format, store)
+
+
+def cost(
+    model: Model,
+    scheme: str | Scheme = "w8a8-static",
+    method: str = "os+",
+    *,
+    format: Format = "auto",
+    dtype: torch.dtype = torch.float32,
+    max_memory: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    scheme_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> Cost:
+    """What ``quantize`` would take, and its plan from shapes alone: nothing but the model's config is read.
+
+    model: as for quantize, or a config.json. max_memory: bytes a process may hold; calib.model.cost.refuse says whether
+    that is enough. out: on whose disk, for its speed.
+    """
+    recipe = _recipe(scheme, method, format, dtype, scheme_options, options)
+    source: Any = getattr(model, "config", None)
+    if not isinstance(model, nn.Module):
+        source = model
+        if Path(model).suffix != ".json":
+            from model_zoo import sources
+
+            found = sources.resolve(model, progress=progress)
+            source = found.path if found.origin == "hub" else Path(found.path)
+    folder = None if out is None else next(p for p in Path(out).expanduser().absolute().parents if p.is_dir())
+    return estimate(source, recipe, dtype=dtype, max_memory=max_memory, folder=folder)
 
 
 def _recipe(
@@ -342,6 +380,21 @@ def _resumable(error: CalibError | KeyboardInterrupt, journal: Journal, blocks: 
         return error
     hint = f"{journal.resumed} of {blocks} blocks are finished: run the same command again to go on"
     return type(error)(error.cause, f"{error.fix}; {hint}") if isinstance(error, CalibError) else type(error)(hint)
+
+
+def _budget(
+    network: nn.Module, store: Resident, recipe: Recipe, dtype: torch.dtype, max_memory: int | None
+) -> int | None:
+    """Bytes of hidden states to keep in memory. Raises InputError where the run cannot stay within ``max_memory``."""
+    if max_memory is None:
+        return BUDGET if store.streamed else None
+    if not store.streamed:
+        raise InputError(
+            "--max-memory holds for streamed models only", "give a model by name whose files can be streamed"
+        )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    estimated = estimate(network.config, recipe, dtype=dtype, max_memory=max_memory, world=world)
+    return refuse(estimated, max_memory).in_memory
 
 
 def _fingerprint(model: Model, recipe: Recipe, tokens: TokenData, dtype: torch.dtype) -> dict[str, Any]:
@@ -422,7 +475,7 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not is_finite(parameter):
             raise NumericsError(f"weight {name} holds NaN or inf", "repair or download the checkpoint again")
 
 
@@ -469,4 +522,4 @@ def _check_done(model: nn.Module, plan: Plan) -> None:
         raise ModelError(f"{odd[0]} and {len(odd) - 1} more differ from the plan", "report this model as a bug")
 
 
-__all__ = ["CalibError", "Format", "Result", "plan", "quantize"]
+__all__ = ["CalibError", "Cost", "Format", "Result", "cost", "plan", "quantize"]

@@ -142,7 +142,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Asked(arguments)
 
     monkeypatch.setattr(calib, "quantize", ask)
-    monkeypatch.setattr(calib, "plan", ask)
+    monkeypatch.setattr(calib, "cost", ask)
 
 
 def arguments_of(command: str, options: str) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def test_interrupted(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calib, "plan", interrupt)
+    monkeypatch.setattr(calib, "cost", interrupt)
     assert cli.run(["plan", str(tiny)]) == 130
     assert "interrupted" in one_line(capsys.readouterr())
 
@@ -273,7 +273,7 @@ def test_a_bug_is_not_hidden(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def bug(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("bug")
 
-    monkeypatch.setattr(calib, "plan", bug)
+    monkeypatch.setattr(calib, "cost", bug)
     with pytest.raises(ZeroDivisionError):
         cli.run(["plan", str(tiny)])
 

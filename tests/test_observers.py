@@ -198,22 +198,6 @@ def test_range_is_exact_for_every_sign_dtype_and_stride(seed: int, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_range_of_several_threads_is_the_same(dtype: torch.dtype) -> None:
-    x = torch.randn(9000, 100)
-    x[:, 0].abs_(), x[:, 1].abs_().neg_()
-    x[:4000, 2].abs_(), x[4000:, 2].abs_().neg_()
-    x = x.to(dtype)
-    torch.set_num_threads(3)
-    try:
-        observer = Range(100)
-        for part in x.split(6000):
-            observer.update(part)
-    finally:
-        torch.set_num_threads(1)
-    assert torch.equal(observer.lo, x.float().amin(0)) and torch.equal(observer.hi, x.float().amax(0))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("make", [torch.randn, torch.rand], ids=["two signs", "one sign"])
 def test_nan_is_seen(dtype: torch.dtype, sign: float, make: Any) -> None:

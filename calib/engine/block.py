@@ -16,7 +16,7 @@ from calib.engine.context import ContextObjective
 from calib.engine.state import SiteState
 from calib.errors import NumericsError
 from calib.methods import ShiftScale, SiteMethod, WeightMethod
-from calib.model import Call, HiddenList, Plan, observing
+from calib.model import Call, HiddenList, Plan, is_finite, observing
 from calib.nn import AttentionFormat, QuantLinear, attention_modules
 from calib.recipe import Recipe
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
@@ -49,7 +49,7 @@ class BlockCalibration:
         self.rounding = rounding
         self.runs = [functools.partial(given.run, block, i) for i in range(len(given.calls))]
         for parameter, value in block.named_parameters():
-            if not bool(torch.isfinite(value).all()):
+            if not is_finite(value):
                 raise NumericsError(f"weight {name}.{parameter} holds NaN or inf", "repair the checkpoint")
         self.wanted = {path for path in plan.quantized() if path.startswith(name + ".")}
         self.states = [

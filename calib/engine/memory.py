@@ -19,3 +19,11 @@ def reuse_pages() -> bool:
     except (AttributeError, OSError):  # not glibc: musl, macOS, Windows
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_TOP_PAD, 64 << 20))
+
+
+def release_pages() -> None:
+    """Give what is free back to the kernel: between blocks, so that one's peak does not lie on another's."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return

@@ -15,6 +15,7 @@ from calib.model import Batch, Call, Plan, call_model, observing
 from calib.nn import Prefix, StatelessCache
 from calib.recipe import Recipe
 
+LOGIT_BYTES = 128 << 20
 MASSIVE = 16.0  # a first token this many times larger than the largest of the others is an outlier of position
 
 
@@ -117,12 +118,18 @@ def _candidates(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> 
 
 
 def _losses_after(model: nn.Module, tokens: Sequence[int], batch: Batch) -> list[float]:
-    """Next-token loss of the float model on the batch after each prefix token; one forward, one read of the weights."""
+    """Next-token loss of the float model on the batch after each prefix token; as many in a forward (a read of the
+    weights) as their logits allow."""
     ids = batch["input_ids"]
-    with_prefix = torch.cat([torch.cat([torch.full_like(ids[:, :1], token), ids], dim=1) for token in tokens])
-    with torch.no_grad():
-        logits = call_model(model, {"input_ids": with_prefix}).logits
-    return [
-        float(nn.functional.cross_entropy(part[:, 1:-1].float().flatten(0, 1), ids[:, 1:].flatten()))
-        for part in logits.split(len(ids))
-    ]
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
+    at_once = max(1, LOGIT_BYTES // (4 * ids.numel() * vocabulary))
+    losses = []
+    for start in range(0, len(tokens), at_once):
+        some = tokens[start : start + at_once]
+        with_prefix = torch.cat([torch.cat([torch.full_like(ids[:, :1], token), ids], dim=1) for token in some])
+        with torch.no_grad():
+            rows = call_model(model, {"input_ids": with_prefix}).logits[:, 1:-1]
+        for first in range(0, len(rows), len(ids)):
+            parts = zip(rows[first : first + len(ids)], ids[:, 1:], strict=True)  # a row at a time: no second copy
+            losses.append(sum(float(nn.functional.cross_entropy(row.float(), to)) for row, to in parts) / len(ids))
+    return losses

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from calib.engine.block import BlockCalibration, BlockInput, packed
 from calib.engine.hidden import HiddenStates
 from calib.engine.journal import Journal
-from calib.engine.memory import reuse_pages
+from calib.engine.memory import release_pages, reuse_pages
 from calib.engine.prefix import PrefixBuilder
 from calib.errors import InputError
 from calib.methods import resolve
@@ -109,6 +109,7 @@ class Engine:
             bar.set_description("calibrating")
             for stack in self.plan.stacks:
                 extra = {"past_key_values": self.prefix.cache} if self.prefix else None
+                release_pages()
                 with self._timed("capture"), self.store.keeping():
                     inputs = capture(self.model, stack, self._share.batches, extra, self._hidden())
                     prefix = self._prefix_inputs(stack)
@@ -120,6 +121,7 @@ class Engine:
                             float_outputs = self._block(name, i, inputs, prefix)
                         if ranks.rank() > 0:
                             self._from_rank_0(name, i, inputs, prefix, float_outputs)
+                    release_pages()
                     bar.update()
                     bar.set_postfix_str(self._worst())
         return self.outcome

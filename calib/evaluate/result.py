@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ def peak_rss_mib() -> float | None:
     """The most memory this process has held resident so far, in MiB; None where the system does not count
     it.
     """
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage may report what the parent held before this process began
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
     try:
         import resource
     except ImportError:  # Windows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,8 @@ def write(
         if isinstance(prefix, Prefix):
             extra |= {f"calib_prefix.{name}": tensor for name, tensor in prefix.state_dict().items()}
         for number, (file, names) in enumerate(zip(shards.outside, shards.groups, strict=True)):
-            tensors = dict(_gather(model, store, names))
-            if number == len(shards.groups) - 1:
-                tensors |= extra
-            journal.store(f"{stage.name}/{file}", tensors)
+            with _gathered(model, store, names) as tensors:
+                journal.store(f"{stage.name}/{file}", tensors | (extra if number == len(shards.groups) - 1 else {}))
         files = [stage / file for file in [*shards.blocks.values(), *shards.outside]]
         _index(stage, files)
         hashes = {file.name: sha256(file) for file in files}
@@ -90,12 +89,15 @@ def write(
     return out
 
 
-def _gather(model: PreTrainedModel, store: Resident, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        with store.around(parent):
-            tensor = getattr(model.get_submodule(parent), leaf)
-            yield name, tensor.detach().contiguous() if not store.streamed else tensor.detach().clone()
+@contextlib.contextmanager
+def _gathered(model: PreTrainedModel, store: Resident, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Tensors outside the blocks, in memory inside."""
+    parents = {name: name.rpartition(".")[0] for name in names}
+    with contextlib.ExitStack() as held:
+        for parent in dict.fromkeys(parents.values()):
+            held.enter_context(store.around(parent))
+        found = {name: getattr(model.get_submodule(parents[name]), name.rpartition(".")[2]) for name in names}
+        yield {name: tensor.detach().contiguous() for name, tensor in found.items()}
 
 
 def _convert(journal: Journal, shards: Shards, model: PreTrainedModel, store: Resident, stage: Path) -> None:

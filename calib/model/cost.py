@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -193,6 +194,15 @@ def estimate(
         plan=bones.plan,
         again=functools.partial(_least_memory, bones, recipe, dtype, machine),
     )
+
+
+def parse_size(text: str, option: str = "--max-memory") -> int:
+    """Bytes of ``20GiB``, ``1.5 GB``, ``800M`` (binary, as GiB is) or a plain number. Raises InputError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?b?)\s*", text.lower())
+    if match is None or not float(match[1]):
+        raise InputError(f"{option} {text!r} is no size", "write it like 20GiB or 800MB")
+    base = 1000 if match[3] == "b" else 1024
+    return int(float(match[1]) * base ** ("kmgt".index(match[2]) + 1 if match[2] else 0))
 
 
 @dataclass(frozen=True)

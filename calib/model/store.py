@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,24 +24,49 @@ from calib.model.blocks import block_candidates
 from calib.nn import QuantLinear
 
 AGAIN = "download or save the model again"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 Convert = Callable[[Tensor], Tensor]
 Part = tuple[nn.Module, str, str, Convert | None]  # where a stored tensor goes, its name there, how it is made
 
 
 class TensorFiles:
-    """The tensors of safetensors files, by name; nothing stays open or mapped."""
+    """The tensors of safetensors files, by name; nothing stays open.
+
+    safetensors checks a file's header; data are read, not mapped: mapped pages would count as this process's memory
+    beside the copy that is made of them.
+    """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.where: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, tuple[torch.dtype, int]] = {}
         for file in files:
             try:
-                with safe_open(str(file), framework="pt") as handle:
-                    for name in handle.keys():  # noqa: SIM118
-                        self.where[name] = file
-                        self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+                with safe_open(str(file), framework="pt"):
+                    pass
+                with file.open("rb") as handle:
+                    size = int.from_bytes(handle.read(8), "little")
+                    header = json.loads(handle.read(size))
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file} is truncated or not safetensors ({error})", AGAIN) from error
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                if entry["dtype"] not in DTYPES:
+                    raise ModelError(f"{file}: {name} is of type {entry['dtype']}", "give a float or bfloat16 model")
+                self.where[name], self.shapes[name] = file, tuple(entry["shape"])
+                self._places[name] = DTYPES[entry["dtype"]], 8 + size + entry["data_offsets"][0]
 
     @classmethod
     def of(cls, folder: Path) -> TensorFiles:
@@ -49,15 +74,26 @@ class TensorFiles:
         return cls(_shards(folder))
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Each named tensor, mapped: copy it before the next is asked for."""
-        for file in dict.fromkeys(self.where[name] for name in names):
+        """Each named tensor, as it is stored, file by file in the order it lies there."""
+        for name in sorted(names, key=lambda name: (self.where[name], self._places[name][1])):
+            dtype, offset = self._places[name]
+            tensor = torch.empty(self.shapes[name], dtype=dtype)
             try:
-                with safe_open(str(file), framework="pt") as handle:
-                    for name in names:
-                        if self.where[name] == file:
-                            yield name, handle.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file} cannot be read ({error})", AGAIN) from error
+                with self.where[name].open("rb", buffering=0) as handle:
+                    handle.seek(offset)
+                    self._fill(tensor, handle, self.where[name])
+            except OSError as error:
+                raise ModelError(f"{self.where[name]} cannot be read ({error})", AGAIN) from error
+            yield name, tensor
+
+    @staticmethod
+    def _fill(tensor: Tensor, handle: IO[bytes], file: Path) -> None:
+        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while len(view):  # a single read stops at 2 GiB
+            got = handle.readinto(view)  # type: ignore[attr-defined]
+            if not got:
+                raise ModelError(f"{file} ended early", AGAIN)
+            view = view[got:]
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -138,7 +174,7 @@ class Streamed(Resident):
         self.model, self.files, self.dtype = model, files, dtype
         self._kept: list[_Unit] | None = None
         self._units: dict[str, _Unit] = {}
-        self._slots: dict[int, _Slot] = {}  # by id of the placeholder: tied tensors share one
+        slots: dict[int, _Slot] = {}  # by id of the placeholder: tied tensors share one
         self._blocks = blocks = set(block_candidates(model))  # asked once: finished ones hold no Linear any more
         for name, module in model.named_modules():
             outer = next((b for b in blocks if name == b or name.startswith(b + ".")), None)
@@ -152,19 +188,19 @@ class Streamed(Resident):
                     _wrap(self._units[unit_name].module, functools.partial(self.hold, unit_name))
                 unit = self._units[unit_name]
                 for attribute, tensor in own:
-                    unit.slots.append(self._slot(f"{name}.{attribute}".lstrip("."), module, attribute, tensor))
-        for slot in self._slots.values():
+                    unit.slots.append(self._slot(slots, f"{name}.{attribute}".lstrip("."), module, attribute, tensor))
+        for slot in slots.values():
             if slot.key not in files.where:
                 raise ModelError(f"no tensor {slot.name} is stored", "load the model as a whole")
             if files.shapes[slot.key] != tuple(slot.placeholder.shape):
                 raise ModelError(f"tensor {slot.name} is stored in another shape", "load the model as a whole")
 
-    def _slot(self, name: str, module: nn.Module, attribute: str, tensor: Tensor) -> _Slot:
-        slot = self._slots.get(id(tensor))
+    def _slot(self, slots: dict[int, _Slot], name: str, module: nn.Module, attribute: str, tensor: Tensor) -> _Slot:
+        slot = slots.get(id(tensor))
         if slot is None:
             if tensor.device.type != "meta":
                 tensor = tensor.to("meta")  # a persistent buffer: the file's value counts
-            slot = self._slots[id(tensor)] = _Slot(name, [], tensor, self.files, name)
+            slot = slots[id(tensor)] = _Slot(name, [], tensor, self.files, name)
         elif name in self.files.where and slot.key not in self.files.where:
             slot.key = name  # of tied names, the one that is stored
         slot.owners.append((module, attribute))
@@ -228,9 +264,11 @@ class Streamed(Resident):
         value = stored if slot.convert is None else slot.convert(stored)
         original = slot.files is self.files
         cast = value.is_floating_point() and original
-        tensor = value.to(self.dtype if cast else value.dtype, copy=True, memory_format=torch.contiguous_format)
+        tensor = value.to(self.dtype if cast else value.dtype).contiguous()
+        if slot.convert is not None and tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor = tensor.clone()  # a part must not keep the whole alive
         if original and not slot.checked and tensor.is_floating_point():
-            if not bool(torch.isfinite(tensor).all()):
+            if not is_finite(tensor):
                 raise NumericsError(f"weight {slot.name} holds NaN or inf", "repair or download the checkpoint again")
             slot.checked = True
         _set(slot, nn.Parameter(tensor, requires_grad=False) if isinstance(slot.placeholder, nn.Parameter) else tensor)
@@ -285,6 +323,11 @@ class Streamed(Resident):
         if missing := [slot.key for slot in slots if slot.key not in stored.where]:
             raise ModelError(f"tensor {missing[0]} is missing from the finished part of {name}", "start anew")
         unit.slots = slots
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity, without a temporary of the tensor's size."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def _persistent(module: nn.Module) -> list[tuple[str, Tensor]]:

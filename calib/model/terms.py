@@ -34,6 +34,7 @@ INPUT_PASSES = 3  # times a Linear's input is passed over when it is quantized
 MSE_PASSES, MINMAX_PASSES = 36 * 5, 6  # passes over a weight that find its ranges and round it
 OVERHEAD = 64 << 20  # allocator's reserve
 VERIFY_START = 8.0  # seconds until the fresh process of --verify has its libraries
+DOUBLE = 4  # times slower than the run's floats fp64 is
 COLUMN_CALLS = 20  # ops for one column of GPTQ
 MODULE_CALLS = 3  # Python calls a counted op costs, as modules and hooks go
 
@@ -261,11 +262,13 @@ def time_terms(
                 passes = (RANKED + RESCORED) * WEIGHT_PASSES * weight * 2
                 seconds["search"] += flops / (m.gemm * GIGA) + passes / (m.copy * GIGA) + SEARCH_CALLS * m.call
             seconds["prove"] += PROBE_ROWS / tokens * float_batch  # each fold: the block once more
-            # ranges and codes; GPTQ: two Cholesky factors and an inverse (n^3 in fp64, half the rate), then every
+            # ranges and codes; GPTQ: two Cholesky factors and an inverse (n^3, in fp64), then every
             # column's error spread over the columns after it (n^2 a row)
             seconds["weights"] += 2 * weight * _range_passes(scheme.weights) / (m.copy * GIGA)
             if gptq:
-                seconds["weights"] += (2 * n**3 + n * n * stacked) / (m.gemm * GIGA) + COLUMN_CALLS * n * m.call
+                seconds["weights"] += (2 * n**3 * DOUBLE + n * n * stacked) / (
+                    m.gemm * GIGA
+                ) + COLUMN_CALLS * n * m.call
         seconds["prove"] += 3 * PROBE_ROWS / tokens * float_batch  # before, at the end, its rounding noise
         seconds["propagate"] += batches * packed_batch
         # planning runs every block on a few rows once, and once a fold; a prefix is chosen by float forwards

@@ -52,7 +52,7 @@ def linear_group(
 
 
 def quant_linear(stock: nn.Module, group: Mapping[str, Any], name: str, dtype: torch.dtype) -> QuantLinear:
-    """An empty QuantLinear of the described format in the place of a Linear. Raises ModelError where it does not fit."""
+    """An empty QuantLinear of the described format, shaped like a Linear. Raises ModelError where it does not fit."""
     try:
         weights = AffineSpec(**group["weights"])
         spec = None if group["input"] is None else AffineSpec(**group["input"])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from calib.nn.linear import QuantLinear
 
 Operator = Literal["qlinear", "int_mm", "int4"]
-# int8 codes [M, in], x_scale, zero_point, bias -> ((sum of (code - zero_point) w) x_scale) w_scale + bias, fp32 [M, out]
+# codes int8 [M, in], x_scale, zero_point, bias -> fp32 [M, out], see above
 Product = Callable[[Tensor, float, int, "Tensor | None"], Tensor]
 
 TILE = 1 << 20  # weights decoded to float at a time: the tile stays in cache

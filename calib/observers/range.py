@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,20 +17,17 @@ WORDS = {
     torch.bfloat16: (torch.int16, np.uint16),
     torch.float16: (torch.int16, np.uint16),
 }
-
-
-Words: TypeAlias = "tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]"
 INF, ZERO = np.float32(np.inf), np.float32(0)  # adding 0 makes -0 and 0 one
 
 
 def _floats(words: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    if dtype == torch.float32:
-        return words.view(np.float32)
-    return torch.from_numpy(words).view(dtype).float().numpy()
+    if dtype == torch.bfloat16:
+        return (words.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return words.view(np.float32 if dtype == torch.float32 else np.float16).astype(np.float32)
 
 
-def _scan(signed: np.ndarray, unsigned: Any, one_sign: np.ndarray, step: int) -> Words:
-    """Signed and unsigned maxima over rows, and signed minima of the channels that keep one sign."""
+def _scan(signed: np.ndarray, unsigned: Any, one_sign: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
+    """[n] each: signed and unsigned maxima over rows, and signed minima where ``one_sign`` (updated) stays true."""
     plain = signed.view(unsigned)
     top, deep, near = signed[0].copy(), plain[0].copy(), signed[0].copy()
     open_ = bool(one_sign.any())
@@ -45,21 +39,7 @@ def _scan(signed: np.ndarray, unsigned: Any, one_sign: np.ndarray, step: int) ->
             one_sign &= (top < 0) | (deep.view(signed.dtype) >= 0)
             if open_ := bool(one_sign.any()):
                 np.minimum(near, np.minimum.reduce(signed[block], axis=0), out=near)
-    return top, deep, near, one_sign
-
-
-def _joined(a: Words, b: Words) -> Words:
-    top, deep, near = np.maximum(a[0], b[0]), np.maximum(a[1], b[1]), np.minimum(a[2], b[2])
-    return top, deep, near, a[3] & b[3] & ((top < 0) | (deep.view(top.dtype) >= 0))
-
-
-@functools.lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="range")
-
-
-if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    return top, deep, near
 
 
 class Range(Observer):
@@ -100,13 +80,7 @@ class Range(Observer):
         signed = rows.view(word).numpy()
         step = max(1, 4 * BLOCK // (rows.itemsize * rows.shape[1]))
         one_sign = (self.lo.numpy() > 0) | (self.hi.numpy() < 0)  # so far; of the others only new extremes matter
-        threads = min(torch.get_num_threads(), len(signed) // (2 * step))
-        if threads > 1:
-            parts = np.array_split(signed, threads)
-            found = list(_pool(threads).map(lambda part: _scan(part, unsigned, one_sign.copy(), step), parts))
-        else:
-            found = [_scan(signed, unsigned, one_sign, step)]
-        top, deep, near, one_sign = functools.reduce(_joined, found)
+        top, deep, near = _scan(signed, unsigned, one_sign, step)
         low = deep.view(top.dtype)
         hi = np.where(top >= 0, _floats(top, rows.dtype), -INF)
         lo = np.where(low < 0, _floats(low, rows.dtype), INF)

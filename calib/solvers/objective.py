@@ -254,7 +254,7 @@ class LinearObjective:
             error = product(encoded(x[at], codes, self._scratch), self._codes, self._scratch).sub_(self._target[at])
             if self.share is not None:
                 error.mul_(self.share[at])
-            total += float(torch.dot(error.view(-1), error.view(-1)))
+            total += float(error.square_().sum())  # pairwise: a dot product loses digits
         return total
 
 

@@ -4,7 +4,8 @@
 
 Inputs are cold: every call takes the next of enough distinct tensors to exceed the caches (the site pass alone sees
 activations as the forward leaves them). All candidates of a cell run in turn, round after round, and the best of each
-counts, so that ratios hold on a machine that others use. GB/s count the bytes of the activations once, for the copy
+counts, so that ratios hold on a machine that others use (``load`` is the load average before; two threads need two idle
+cores). GB/s count the bytes of the activations once, for the copy
 those it reads and those it writes; quantile and sample look at some rows only and count all. The Gram counts
 2 T n^2 operations, as many as the GEMM [T, n] x [n, n] it is compared with, though it does little more than half.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -36,7 +38,7 @@ from experiments.bench.kernels import machine
 
 SHAPES = [(2048, 576), (4096, 1536), (2048, 4096)]  # tokens x channels
 COLD = 96 << 20  # bytes of distinct inputs a cell rotates through
-SECONDS, ROUNDS = 2.0, 200  # a cell ends at whichever comes first, after three rounds
+SECONDS, ROUNDS = 3.0, 400  # a cell ends at whichever comes first, after three rounds
 CAPACITY = 2048
 BLOCK_TOKENS = [(1, 512), (4, 512)]  # batches x length for the site pass
 SMOLLM2 = {
@@ -183,7 +185,7 @@ def main() -> None:
     print(json.dumps(report["machine"], indent=1))
     for threads in options.threads:
         torch.set_num_threads(threads)
-        run: dict[str, Any] = {"threads": threads, "bandwidth": [], "gram": [], "sites": []}
+        run: dict[str, Any] = {"threads": threads, "load": os.getloadavg()[0], "bandwidth": [], "gram": [], "sites": []}
         report["runs"].append(run)
         head = "".join(f"{name:>9}" for name in ("copy", "range", "moments", "quantile", "sample"))
         print(f"\n{threads} thread(s), GB/s{'':8}{head}   range/copy")
