@@ -19,6 +19,7 @@ from torch import Tensor
 
 import calib
 from calib.engine import HiddenStates, Journal
+from calib.engine.run import share_of
 from calib.errors import InputError, ModelError, OutputError
 from model_zoo.sources import resolve
 from model_zoo.stream import NotStreamable, open_streamed
@@ -270,6 +271,22 @@ def test_a_budget_changes_no_bit(
     assert_same(tmp_path / "kept", tmp_path / "spilled")
 
 
+def test_a_share_depends_on_no_one_else() -> None:
+    batches = [{"input_ids": torch.full((4, 128), i)} for i in range(13)]
+    whole = share_of(batches, 0, 1)
+    assert whole.probes == 4 and whole.first[whole.probes] == 2048
+    for world in (2, 3):
+        shares = [share_of(batches, rank, world) for rank in range(world)]
+        assert {share.probes for share in shares} == {whole.probes}
+        assert shares[0].first[: whole.probes] == whole.first[: whole.probes]
+        together = sorted((f, b["input_ids"].shape) for s in shares for f, b in zip(s.first, s.batches, strict=True))
+        assert together == [(f, b["input_ids"].shape) for f, b in zip(whole.first, whole.batches, strict=True)]
+        tokens = [sum(b["input_ids"].numel() for b in share.batches) for share in shares]
+        assert max(tokens) - min(tokens) <= 512
+    with pytest.raises(InputError, match="cannot be shared by 3 processes"):
+        share_of(batches[:5], 0, 3)
+
+
 # processes
 
 COMMAND = ["--scheme", "w8a8-static", "--method", "os+", "--samples", "8", "--seq-len", "32", "--batch-size", "2"]
@@ -316,10 +333,16 @@ def test_kill_9_at_any_time(shared: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_are_one(shared: Path, tmp_path: Path) -> None:
     model = shared / "models" / "stories260k"
-    arguments = ["quantize", str(model), "--no-verify", "-q", *COMMAND, "--threads", "1"]
+    more = ["--samples", "48", "--seq-len", "128", "--batch-size", "4"]
+    arguments = ["quantize", str(model), "--no-verify", "-q", *COMMAND, *more, "--threads", "1"]
     one = [sys.executable, "-m", "calib", *arguments, "--out", str(tmp_path / "one")]
     two = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "calib"]
     for command in (one, [sys.executable, *two, *arguments, "--out", str(tmp_path / "two")]):
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "one", tmp_path / "two")
+    short = [*arguments, "--samples", "2", "--out", str(tmp_path / "short")]
+    done = subprocess.run(
+        [sys.executable, *two, *short], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0 and "cannot be shared by 2 processes; lower --batch-size" in done.stderr

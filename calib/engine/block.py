@@ -21,8 +21,6 @@ from calib.nn import AttentionFormat, QuantLinear, attention_modules
 from calib.recipe import Recipe
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
 
-PROBES = 3  # the first batches, small ones: a search ranks on the first and scores on all
-
 
 @dataclass(eq=False)
 class BlockInput:
@@ -33,6 +31,7 @@ class BlockInput:
     masks: list[Tensor | None]
     refresh: Callable[[], None]  # writes the layer's prefix keys and values anew, after each fold
     first: list[int]  # [batch]: the number of its first token in the whole data
+    probes: int  # how many of the batches a search scores its short list on
 
     def run(self, block: nn.Module, i: int) -> Tensor:
         """The block's hidden output of batch i."""
@@ -94,7 +93,7 @@ class BlockCalibration:
         probes = []
         joint = state.site.context is not None and self.recipe.objective == "context"
         if joint and method.name == "os+" and self.recipe.scheme.inputs is not None:
-            for count in (1, PROBES):
+            for count in (1, self.given.probes):
                 probes.append(ContextObjective(self.block, state.site, self.runs[:count], self.given.masks[:count]))
         found = method.solve(state.view(probes), self.recipe)
         state.detail.update(method=method.name, **found.detail)

@@ -25,7 +25,7 @@ from calib.model import Batch, BlockInputs, Plan, Resident, Stack, capture
 from calib.observers import ranks
 from calib.recipe import Recipe
 
-PROBE_TOKENS = 512
+PROBE_TOKENS, SEARCH_TOKENS = 512, 2048  # that a search ranks on, and scores its short list on, at least
 
 
 @dataclass
@@ -40,25 +40,34 @@ class Outcome:
 
 @dataclass
 class Share:
-    """What this process runs of the data: its batches, and the number of each one's first token in the whole."""
+    """What this process runs of the data: its batches, and the number of each one's first token in the whole.
+
+    probes: how many of rank 0's first batches a search scores its short list on, the same for any number of processes.
+    """
 
     batches: list[Batch]
     first: list[int]
+    probes: int
 
 
 def share_of(batches: Sequence[Batch], rank: int, world: int) -> Share:
-    """Rank 0 searches, so it has the first batch, split by ``split_probes``; the others are dealt out in turn."""
-    if len(batches) < world:
-        cause = f"{len(batches)} batches of calibration data cannot be shared by {world} processes"
-        raise InputError(cause, "lower --batch-size, or start fewer processes")
-    start, mine = 0, Share([], [])
+    """Rank 0 searches, so it has the first SEARCH_TOKENS; every other batch goes to who has the fewest tokens."""
+    start, loads, share = 0, [0] * world, Share([], [], 0)
     for number, batch in enumerate(batches):
+        leading = start < SEARCH_TOKENS
+        owner = 0 if leading else loads.index(min(loads))
         for part in split_probes(batch) if number == 0 else [batch]:
-            if number % world == rank:
-                mine.batches.append(part)
-                mine.first.append(start)
-            start += next(iter(part.values())).shape[:2].numel()
-    return mine
+            share.probes += start < SEARCH_TOKENS
+            if owner == rank:
+                share.batches.append(part)
+                share.first.append(start)
+            tokens = next(iter(part.values())).shape[:2].numel()
+            start += tokens
+            loads[owner] += tokens
+    if not all(loads):
+        cause = f"{len(batches)} batches of calibration data cannot be shared by {world} processes"
+        raise InputError(cause, "lower --batch-size, give more samples, or start fewer processes")
+    return share
 
 
 def split_probes(batch: Batch) -> list[Batch]:
@@ -176,7 +185,8 @@ class Engine:
         return float_outputs
 
     def _given(self, i: int, inputs: BlockInputs, refresh: Callable[[], None]) -> BlockInput:
-        return BlockInput(inputs.hidden, [calls[i] for calls in inputs.calls], inputs.masks, refresh, self._share.first)
+        calls = [calls[i] for calls in inputs.calls]
+        return BlockInput(inputs.hidden, calls, inputs.masks, refresh, self._share.first, self._share.probes)
 
     def _propagate(self, block: nn.Module, given: BlockInput, start: int = 0) -> None:
         for j in range(start, len(given.calls)):

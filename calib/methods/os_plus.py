@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from calib.errors import InputError
 from calib.methods.base import ShiftScale, SiteView
 from calib.recipe import Recipe
-from calib.solvers import LinearObjective, midpoint, rank_coarse, search_exhaustive, search_fast
+from calib.solvers import midpoint, rank_coarse, search_exhaustive, search_fast
 
 
 class OSPlus:
@@ -55,11 +54,10 @@ class OSPlus:
             best = min(range(len(variants)), key=lambda i: losses[i])
             search = searches[best]
         else:  # choose the variant on few rows, then search it alone
-            coarse = [rank_coarse(v.absmax, v.few, count=v.effort.coarse) for v in variants]
+            coarse = [rank_coarse(v.absmax, v.few) for v in variants]
             losses = [min(loss for _, loss in points) for points in coarse]
             best = min(range(len(variants)), key=lambda i: losses[i])
-            v = variants[best]
-            search = search_fast(v.absmax, v.few, v.many, coarse[best], around=v.effort.around, keep=v.effort.keep)
+            search = search_fast(variants[best].absmax, variants[best].few, variants[best].many, coarse[best])
         detail: dict[str, Any] = {
             "threshold": search.threshold,
             "loss": search.loss,
@@ -71,18 +69,6 @@ class OSPlus:
         return ShiftScale(found.shift, scale, found.hadamard, detail | _variant_losses(variants, losses))
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How many candidates the fast search ranks at first, narrows around, and scores exactly."""
-
-    coarse: int
-    around: int
-    keep: int
-
-
-COSTLY, CHEAP = Effort(16, 2, 3), Effort(50, 3, 4)  # a ranking runs modules, or one small product
-
-
 class _Variant:
     """One way to treat a site: shifted or not, rotated or not."""
 
@@ -91,8 +77,6 @@ class _Variant:
         lo, hi = (site.lo, site.hi) if shift is None else (site.lo - shift, site.hi - shift)
         self.absmax = (-lo).maximum(hi)
         self.few, self.many = site.objective(shift, hadamard)
-        small = isinstance(self.few, LinearObjective) and self.few.small
-        self.effort = CHEAP if small else COSTLY
 
     @property
     def name(self) -> str:

@@ -19,7 +19,6 @@ from calib.quantizers import AffineSpec, fake_quantize, fake_quantize_dynamic, q
 LONGEST = 1 << 16  # inputs of which every int32 sum of int8 products is safe from overflow
 CACHED = 1 << 18  # elements treated at a time by a chain of in-place operations
 PRODUCT = 1 << 22  # outputs computed at a time
-SMALL = 1 << 16  # rows x outputs of an objective that is cheap to ask
 LARGEST = 8  # one in so many rows and outputs of a subsample is there because it is large
 
 
@@ -214,11 +213,6 @@ class LinearObjective:
         part = LinearObjective(x, weight, self.lo, self.hi, self.inputs, self.weights, self.rotate, self.integer)
         part.share = (row_share * output_share * (len(self.weight) / len(weight))).sqrt_()  # a sum over outputs
         return part
-
-    @property
-    def small(self) -> bool:
-        """True where ranking by it costs so little that a search need not save evaluations."""
-        return len(self.x) * len(self.weight) <= SMALL
 
     def __call__(self, scale: Tensor) -> float:
         if self._target is None:

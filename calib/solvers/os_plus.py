@@ -66,17 +66,21 @@ def search_exhaustive(absmax: Tensor, loss: Loss, grid: Sequence[float] | None =
     return Search(best[0], scale_for(absmax, best[0]), best[1], identity, tuple(curve))
 
 
+def spread(grid: Sequence[float], count: int) -> list[float]:
+    """About ``count`` thresholds of the grid, evenly spaced in their logarithm, largest first."""
+    if len(grid) <= count:
+        return sorted(grid, reverse=True)
+    top, ratio = max(grid), min(grid) / max(grid)
+    steps = [top * ratio ** (i / (count - 1)) for i in range(count)]
+    return sorted({min(grid, key=lambda t: abs(t - step)) for step in steps}, reverse=True)
+
+
 def rank_coarse(
     absmax: Tensor, rank: Loss, grid: Sequence[float] | None = None, count: int = 16
 ) -> list[tuple[float, float]]:
-    """(threshold, loss) of s = 1 (threshold inf) and of ``count`` thresholds of the grid, evenly spaced in their
-    logarithm, largest first."""
-    grid = sorted(fast_grid(absmax) if grid is None else grid, reverse=True)
-    first = (float("inf"), rank(torch.ones_like(absmax)))
-    if len(grid) > count:
-        steps = [grid[0] * (grid[-1] / grid[0]) ** (i / (count - 1)) for i in range(count)]
-        grid = sorted({min(grid, key=lambda t: abs(t - step)) for step in steps}, reverse=True)
-    return [first, *((t, rank(scale_for(absmax, t))) for t in grid)]
+    """(threshold, loss) of s = 1 (threshold inf) and of ``count`` thresholds spread over the grid, largest first."""
+    few = spread(fast_grid(absmax) if grid is None else grid, count)
+    return [(float("inf"), rank(torch.ones_like(absmax))), *((t, rank(scale_for(absmax, t))) for t in few)]
 
 
 def search_fast(
@@ -85,25 +89,30 @@ def search_fast(
     exact: Loss,
     coarse: Sequence[tuple[float, float]] | None = None,
     grid: Sequence[float] | None = None,
-    around: int = 2,
-    refine: int = 6,
-    keep: int = 3,
+    count: int = 46,
+    around: int = 4,
+    keep: int = 5,
+    margin: float = 0.1,
 ) -> Search:
-    """Rank a coarse part of the grid, narrow it around the best, then score s = 1 and the best ``keep`` exactly.
+    """Rank about half of the grid and all of it around the best, then score s = 1 and the short list exactly.
 
     rank, exact: the same objective on few and on many rows. coarse: ``rank_coarse``'s result, where it is known. grid:
-    the candidates (default: ``fast_grid``). around, refine: the intervals beside how many of the best are narrowed, by
-    how many points at a time; losses are jagged where few tokens make them. The scale returned is never worse than
-    s = 1 on ``exact``.
+    the candidates (default: ``fast_grid``). count: how many are ranked wherever they lie; around: beside how many of
+    the best all are (real losses are jagged: neighbours differ by up to 15 %). The short list: at most ``keep``, ranked
+    within ``margin`` of the best. The scale returned is never worse than s = 1 on ``exact``.
     """
     grid = sorted(fast_grid(absmax) if grid is None else grid, reverse=True)
-    start, *ranked = coarse or rank_coarse(absmax, rank, grid)
+    start, *ranked = rank_coarse(absmax, rank, grid, count) if coarse is None else coarse
     known = dict(ranked)
-    while new := _narrowed(grid, known, around, refine):
+    known |= {t: rank(scale_for(absmax, t)) for t in spread(grid, count) if t not in known}
+    while new := _narrowed(grid, known, around):
         known |= {t: rank(scale_for(absmax, t)) for t in new}
     identity = exact(torch.ones_like(absmax))
     best, top = (float("inf"), identity), float(absmax.amax())
-    for t in sorted((t for t in known if t < top), key=known.__getitem__)[:keep]:
+    short = sorted((t for t in known if t < top), key=known.__getitem__)[:keep]
+    for t in short:
+        if known[t] > known[short[0]] * (1 + margin):
+            break
         score = exact(scale_for(absmax, t))
         if score < best[1]:
             best = (t, score)
@@ -111,7 +120,7 @@ def search_fast(
     return Search(best[0], scale_for(absmax, best[0]), best[1], identity, curve)
 
 
-def _narrowed(grid: Sequence[float], known: Mapping[float, float], around: int, refine: int) -> list[float]:
+def _narrowed(grid: Sequence[float], known: Mapping[float, float], around: int, refine: int = 6) -> list[float]:
     """The grid's points to ask next: ``refine`` evenly spaced ones between each of the best points' neighbours."""
     points, new = sorted(known, reverse=True), dict[float, None]()
     for best in sorted(points, key=known.__getitem__)[:around]:
