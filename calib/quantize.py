@@ -389,9 +389,8 @@ def _budget(
     if max_memory is None:
         return BUDGET if store.streamed else None
     if not store.streamed:
-        raise InputError(
-            "--max-memory holds for streamed models only", "give a model by name whose files can be streamed"
-        )
+        cause = "--max-memory holds where weights are streamed from their files, and this model was loaded whole"
+        raise InputError(cause, "leave it out, or give a model of another architecture")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     estimated = estimate(network.config, recipe, dtype=dtype, max_memory=max_memory, world=world)
     return refuse(estimated, max_memory).in_memory

@@ -271,6 +271,16 @@ def test_a_budget_changes_no_bit(
     assert_same(tmp_path / "kept", tmp_path / "spilled")
 
 
+def test_too_little_memory_is_refused_by_the_flag(models: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--max-memory .* is too small.*give --max-memory"):
+        quantize(models("llama"), "llama", "w8a8-static", "os+", tmp_path / "out", max_memory=10 << 20)
+    with pytest.raises(InputError, match="this model was loaded whole"):
+        quantize(models("mixtral"), "mixtral", "w8a8-static", "os+", tmp_path / "out", max_memory=1 << 40)
+    assert list(tmp_path.iterdir()) == []
+    quantize(models("llama"), "llama", "w8a8-static", "os+", tmp_path / "out", max_memory=8 << 30)
+    assert (tmp_path / "out").is_dir()
+
+
 def test_a_share_depends_on_no_one_else() -> None:
     batches = [{"input_ids": torch.full((4, 128), i)} for i in range(13)]
     whole = share_of(batches, 0, 1)

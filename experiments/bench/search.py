@@ -33,7 +33,7 @@ from calib.engine.memory import reuse_pages
 from calib.methods import OSPlus, ShiftScale, SiteView
 from calib.quantizers import AffineSpec, qparams
 from calib.recipe import Recipe
-from calib.solvers import LinearObjective, Search, midpoint, search_exhaustive, search_fast
+from calib.solvers import LinearObjective, Search, search_exhaustive, search_fast
 from calib.solvers.os_plus import fast_grid
 
 TOKENS, CANDIDATES = 2048, 100
