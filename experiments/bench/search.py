@@ -138,8 +138,8 @@ def cell(shape: tuple[int, int], bits: int, seeds: int, rounds: int) -> dict[str
 
 
 def first_windows(tokenizer: Any, count: int) -> list[dict[str, Tensor]]:
-    """The first ``count`` x 512 tokens of the text, as the reference was measured. Other windows have other extremes, on
-    which the identity's loss depends quadratically."""
+    """The first ``count`` x 512 tokens of the text, on which the reference was measured. Other windows have other
+    extremes, and the identity's loss goes with their square."""
     ids = tokenizer(TEXT.read_text(encoding="utf-8")[:200_000])["input_ids"][: count * 512]
     return [
         {"input_ids": part, "attention_mask": torch.ones_like(part)}
