@@ -117,8 +117,9 @@ def test_padding_changes_nothing() -> None:
     a, b = logits(alone.model, short), logits(padded.model, short)
     coarse = calib.quantize(build("bert"), "w4a4", "rtn", [short], progress=False)
     assert float((a - b).norm()) < 0.05 * float((a - logits(coarse.model, short)).norm())
-    for name, site in alone.report["sites"].items():
-        assert site["absmax"] == pytest.approx(padded.report["sites"][name]["absmax"], rel=0.02)
+    for name, site in alone.report["sites"].items():  # thresholds that cost the same may change places
+        for key in ("identity_loss", "loss"):
+            assert site[key] == pytest.approx(padded.report["sites"][name][key], rel=0.02), (name, key)
 
 
 def test_float_inputs_and_batch_order() -> None:

@@ -43,7 +43,8 @@ class Cost:
     """A prediction. Bytes and seconds; ``memory`` and ``seconds`` hold the terms, peak_bytes and total their sums.
 
     linears: (out, in, how many of that shape in the model). hidden_bytes: hidden states of all samples, of which
-    kept_bytes stay in memory and the rest goes to a file; block_bytes: the largest block in the run's floats.
+    kept_bytes stay in memory and the rest goes to a file; block_bytes: the largest block in the run's floats;
+    working_bytes: statistics, and one batch or one search inside a block.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Cost:
     hidden_bytes: int
     kept_bytes: int
     least_kept: int
+    working_bytes: int
     memory: Mapping[str, int]
     seconds: Mapping[str, float]
     recipe: Recipe
@@ -173,6 +175,7 @@ def estimate(
     free = budget if max_memory is None else max_memory - sum(memory.values())
     kept = min(hidden, max(free, least))
     memory["hidden states"] = kept
+    inside = memory_terms(bones, recipe, dtype, machine, output, blocks_only=True)
     shapes = Counter(entry.shape for entry in bones.plan.entries.values())
     return Cost(
         model=type(bones.model).__name__,
@@ -185,6 +188,7 @@ def estimate(
         hidden_bytes=hidden,
         kept_bytes=kept,
         least_kept=least,
+        working_bytes=inside.get("activations or search", 0) + inside.get("statistics", 0),
         memory=memory,
         seconds=time_terms(bones, recipe, dtype, machine, output, batches, hidden - kept, world),
         recipe=recipe,

@@ -141,9 +141,16 @@ def source_bytes(bones: Skeleton, source: Any) -> int:
 
 
 def memory_terms(
-    bones: Skeleton, recipe: Recipe, dtype: torch.dtype, machine: Machine, output: Stored, rows: int | None = None
+    bones: Skeleton,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    machine: Machine,
+    output: Stored,
+    rows: int | None = None,
+    blocks_only: bool = False,
 ) -> dict[str, int]:
-    """Terms of one process's peak but the hidden states. rows: of a batch, where not the recipe's."""
+    """Terms of one process's peak but the hidden states. rows: of a batch, where not the recipe's. blocks_only: while
+    blocks are calibrated, even if embeddings and head take more."""
     item, gptq = ITEM[dtype], "gptq" in recipe.methods
     fraction = 1.0 if rows is None else rows / bones.rows
     traced = next(bones.model.parameters()).element_size()
@@ -179,7 +186,7 @@ def memory_terms(
     # embeddings, final norm and head run while no block is loaded
     rows_out = PREFIX_ROWS if recipe.scheme.static and recipe.prefix == "auto" else VERIFY_ROWS
     head = _outside(bones, dtype) + 4 * rows_out * _classes(bones) * LOGIT_COPIES
-    if head > sum(block_phase.values()):
+    if head > sum(block_phase.values()) and not blocks_only:
         block_phase = {HEAD: head, "activations or search": int(2 * bones.hidden * fraction)}
     return {"interpreter and libraries": machine.baseline, "allocator": OVERHEAD, **block_phase}
 

@@ -5,8 +5,8 @@
 smollm2-135m, and a LLaMA of eight layers and about ``--large-gb`` gigabytes of fp32 that is made on the spot from
 random numbers, run under a hard limit (RLIMIT_DATA: every private page, of the process that verifies as well). Each
 run is a process of its own that reports its peak resident size; the baseline is one that imports everything.
-``allowed`` is two blocks, the activation budget (the hidden states kept and one batch inside a block, as ``calib
-plan`` counts them) and 200 MiB. The large model is quantized once more wholly in memory: the same bits.
+``allowed`` is two blocks, the activation budget (hidden states kept, statistics, and one batch or one search inside a
+block, as ``calib plan`` counts them) and 200 MiB. The large model is quantized once more wholly in memory: the same bits.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def measure(model: str, options: dict[str, Any], baseline: float, limit: int = 0
     """One streamed run against what ``calib plan`` allows it."""
     shape = {key: options[key] for key in ("samples", "seq_len", "batch_size")}
     cost = calib.cost(model, progress=False, **shape)
-    activations = (cost.memory.get("activations or search", 0) + cost.kept_bytes) / MIB
+    activations = (cost.working_bytes + cost.kept_bytes) / MIB
     found = child({"model": model, "overwrite": True, **options}, limit)
     block = cost.block_bytes / MIB
     return {
