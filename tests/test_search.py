@@ -104,7 +104,7 @@ def test_the_pick_is_within_one_percent_of_the_grids_best(seed: int, bits: int, 
     x, w = site(seed)
     absmax, inputs = x.abs().amax(0), STATIC.with_(symmetric=symmetric)
     loss = objective(x, w, inputs, AffineSpec(bits))
-    few, top = loss.sampled(256, 256), float(absmax.amax())
+    few, top = loss.few(), float(absmax.amax())
     grid = [top * k / 100 for k in range(100, 0, -1)]
     full = search_exhaustive(absmax, loss, grid)
     fast = search_fast(absmax, few, loss, grid=grid)

@@ -104,7 +104,7 @@ class SiteState:
                 return few, many
             rows = self.sample.rows if shift is None else self.sample.rows - shift
             many = LinearObjective(rows, stacked(), low, high, scheme.inputs, scheme.weights, rotate)
-            return many.sampled(RANK_ROWS, RANK_OUTPUTS if scheme.weights.bits == 8 else None), many
+            return many.few(), many
 
         return SiteView(
             self.target.name,

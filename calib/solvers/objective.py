@@ -19,6 +19,7 @@ from calib.quantizers import AffineSpec, fake_quantize, fake_quantize_dynamic, q
 LONGEST = 1 << 16  # inputs of which every int32 sum of int8 products is safe from overflow
 CACHED = 1 << 18  # elements treated at a time by a chain of in-place operations
 PRODUCT = 1 << 22  # outputs computed at a time
+RANK_ROWS, RANK_OUTPUTS, RANK_PRODUCTS = 256, 256, 1 << 28
 LARGEST = 8  # one in so many rows and outputs of a subsample is there because it is large
 
 
@@ -213,6 +214,11 @@ class LinearObjective:
         part = LinearObjective(x, weight, self.lo, self.hi, self.inputs, self.weights, self.rotate, self.integer)
         part.share = (row_share * output_share * (len(self.weight) / len(weight))).sqrt_()  # a sum over outputs
         return part
+
+    def few(self) -> LinearObjective:
+        """The subsample that a search ranks on: 256 rows; for 8-bit weights 256 outputs, or more of narrow ones."""
+        outputs = max(RANK_OUTPUTS, RANK_PRODUCTS // (RANK_ROWS * self.x.shape[1]))
+        return self.sampled(RANK_ROWS, outputs if self.weights.bits == 8 else None)
 
     def __call__(self, scale: Tensor) -> float:
         if self._target is None:

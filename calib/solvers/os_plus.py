@@ -90,8 +90,8 @@ def search_fast(
     coarse: Sequence[tuple[float, float]] | None = None,
     grid: Sequence[float] | None = None,
     count: int = 46,
-    around: int = 4,
-    keep: int = 5,
+    around: int = 6,
+    keep: int = 8,
     margin: float = 0.1,
 ) -> Search:
     """Rank about half of the grid and all of it around the best, then score s = 1 and the short list exactly.

@@ -94,8 +94,7 @@ def naive(x: Tensor, weight: Tensor, lo: Tensor, hi: Tensor, weights: AffineSpec
 def ours(x: Tensor, weight: Tensor, lo: Tensor, hi: Tensor, weights: AffineSpec, grid: Sequence[float]) -> Search:
     """As the engine searches a site, on a given grid."""
     exact = LinearObjective(x, weight, lo, hi, INPUTS, weights)
-    few = exact.sampled(256, 256 if weights.bits == 8 else None)
-    return search_fast(torch.maximum(-lo, hi), few, exact, grid=grid)
+    return search_fast(torch.maximum(-lo, hi), exact.few(), exact, grid=grid)
 
 
 def timed(run: Callable[[], Search]) -> tuple[float, Search]:
