@@ -22,7 +22,7 @@ from calib.recipe import Recipe
 from calib.solvers import LinearObjective
 from calib.transforms import SiteTransform
 
-RANK_ROWS, RANK_OUTPUTS, EXACT_ROWS = 256, 256, 2048
+EXACT_ROWS = 2048
 
 
 class SiteState:
