@@ -6,7 +6,8 @@ smollm2-135m, and a LLaMA of eight layers and about ``--large-gb`` gigabytes of 
 random numbers, run under a hard limit (RLIMIT_DATA: every private page, of the process that verifies as well). Each
 run is a process of its own that reports its peak resident size; the baseline is one that imports everything.
 ``allowed`` is two blocks, the activation budget (hidden states kept, statistics, and one batch or one search inside a
-block, as ``calib plan`` counts them) and 200 MiB. The large model is quantized once more wholly in memory: the same bits.
+block, as ``calib plan`` counts them) and 200 MiB. The large model is quantized once more wholly in memory: the same
+bits.
 """
 
 from __future__ import annotations
