@@ -634,14 +634,15 @@ def test_a_disk_that_fills_up_while_writing(
     def full(*_: Any, **__: Any) -> None:
         raise error
 
+    command = command_for(zoo, given, place / "out")  # makes the model, if no test before has
     with monkeypatch.context() as patch:
         patch.setattr(where, full)
-        assert cli.run(command_for(zoo, given, place / "out")) == 6
+        assert cli.run(command) == 6
     finished = case != "weights"
     hint = ["2 of 2 blocks are finished", "again to go on"] if finished else []
     one_line(capsys.readouterr(), "the disk is full", "free some space", *hint)
     assert [p.name for p in place.iterdir()] == ([".out.partial"] if finished else [])
-    assert cli.run(command_for(zoo, given, place / "out")) == 0
+    assert cli.run(command) == 0
     assert [p.name for p in place.iterdir()] == ["out"]
 
 
@@ -722,8 +723,9 @@ def test_interrupted_wherever_it_is(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
+    command = command_for(zoo, given, place / "out")
     monkeypatch.setattr(where, interrupt)
-    assert cli.run(command_for(zoo, given, place / "out")) == 130
+    assert cli.run(command) == 130
     late = where.endswith("_store")
     one_line(capsys.readouterr(), "interrupted", "2 of 2 blocks are finished" if late else "nothing half-written")
     assert [p.name for p in place.iterdir()] == ([".out.partial"] if late else [])
