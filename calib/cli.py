@@ -237,7 +237,7 @@ def info(threads: Threads = None, as_json: Json = False) -> None:
     from calib.export.checkpoint import versions
     from calib.nn.kernels import describe
     from model_zoo import WHEELS
-    from model_zoo.fetch import cache_dir
+    from model_zoo.cache import cache_dir
 
     _set_up(threads)
     facts: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """GGUF files become safetensors folders once: reading fp32 tensors takes a second, dequantizing takes twenty-five.
 
 The conversion runs in a process of its own, so that its memory (about twice the model) is not part of the caller's
-peak. A finished folder appears by one rename and carries the hashes of its files, as in fetch.py.
+peak.
 """
 
 from __future__ import annotations
@@ -14,32 +14,15 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from functools import lru_cache
 from pathlib import Path
 
-from filelock import FileLock
-from filelock import Timeout as LockTimeout
-
 from calib.errors import CalibError, ModelError, OutputError
-from model_zoo.fetch import MANIFEST, _sha256, cache_dir
+from model_zoo.cache import cached_folder, file_sha256, manifest_of
 
 VERSION = 1  # of what a conversion writes; a new one converts again
-LOCK_SECONDS = 1800.0
 SHARD = "5GB"
 # By text, so that no folder but ours comes first on the path (running this file would put its neighbours there).
 CHILD = "import sys; sys.path[0] = sys.argv[1]; from model_zoo.convert import main; sys.exit(main(sys.argv[2:]))"
-
-
-def file_sha256(path: Path) -> str:
-    """The file's sha256, read once a process as long as size and time of change stay."""
-    stat = path.stat()
-    return _known_sha256(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-
-@lru_cache(maxsize=256)
-def _known_sha256(path: str, size: int, changed: int, inode: int) -> str:
-    return _sha256(Path(path))
 
 
 def safetensors_folder(gguf: Path, name: str, *, progress: bool = True) -> Path:
@@ -48,58 +31,27 @@ def safetensors_folder(gguf: Path, name: str, *, progress: bool = True) -> Path:
     Converts where the cache has no whole folder for this file and this VERSION; one process does, the others wait.
     Raises ModelError for a file that transformers cannot read, OutputError where the cache cannot be written.
     """
-    root = cache_dir() / "models"
     try:
         key = file_sha256(gguf)[:12]
     except OSError as error:
         raise ModelError(
             f"cannot read {gguf}: {error.strerror or error}", "check the path and its permissions"
         ) from error
-    folder = root / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', gguf.stem)[:80]}-{key}-fp32-v{VERSION}"
-    try:
-        if is_whole(folder):
-            return folder
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{folder.name}.lock", timeout=LOCK_SECONDS):
-            if is_whole(folder):  # another process was faster
-                return folder
-            for stale in root.glob(f".{folder.name}.tmp-*"):  # of killed conversions: we hold the lock
-                shutil.rmtree(stale, ignore_errors=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=root))
-            try:
-                if progress:
-                    print(f"{name}: converting the GGUF file to safetensors, once", file=sys.stderr, flush=True)
-                fresh = work / "model"
-                _convert_apart(gguf.absolute(), fresh, name)
-                _seal(fresh)
-                if folder.exists():
-                    shutil.rmtree(folder)
-                fresh.replace(folder)
-                _fsync(root)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-    except LockTimeout as error:
-        raise ModelError(
-            f"another process has been converting {name} for {LOCK_SECONDS / 60:.0f} minutes",
-            f"wait for it, or end it and delete {error.lock_file}",
-        ) from error
-    except OSError as error:
-        raise OutputError(
-            f"cannot write the model cache {root}: {error.strerror or error}",
-            "free some space or set CALIB_CACHE to a folder you can write",
-        ) from error
-    return folder
+
+    def convert(fresh: Path, _: Path) -> None:
+        if progress:
+            print(f"{name}: converting the GGUF file to safetensors, once", file=sys.stderr, flush=True)
+        _convert_apart(gguf.absolute(), fresh, name)
+
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", gguf.stem)[:80]
+    return cached_folder(f"{safe}-{key}-fp32-v{VERSION}", is_whole, convert, f"converting {name}")
 
 
 def is_whole(folder: Path) -> bool:
     """True where the folder has every file of its manifest, with its hash, and no weights beside them."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        weights = {file.name for file in folder.glob("*.safetensors")}
-        whole = "config.json" in manifest and bool(weights) and weights <= set(manifest)
-        return whole and all(file_sha256(folder / file) == digest for file, digest in manifest.items())
-    except (OSError, ValueError, TypeError):
-        return False
+    manifest = manifest_of(folder) or {}
+    weights = {file.name for file in folder.glob("*.safetensors")}
+    return "config.json" in manifest and bool(weights) and weights <= set(manifest)
 
 
 def _convert_apart(gguf: Path, folder: Path, name: str) -> None:
@@ -130,27 +82,6 @@ def _convert_apart(gguf: Path, folder: Path, name: str) -> None:
         raise ModelError(f"converting {name} was killed, most likely for lack of memory", "free memory and try again")
     lines = [line for line in child.stderr.splitlines() if line.strip()] or [f"exit code {child.returncode}"]
     raise ModelError(f"cannot convert {name}: {lines[-1][:200]}", "check the GGUF file")
-
-
-def _seal(folder: Path) -> None:
-    """Flush every file, then write the manifest of their hashes and flush it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for file in files:
-        _fsync(file)
-    manifest = {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _fsync(folder / MANIFEST)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _convert(gguf: Path, folder: Path, name: str) -> None:

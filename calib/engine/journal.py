@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calib.errors import InputError, ModelError, OutputError
+from calib.files import sha256, sync
 from calib.model import Resident, TensorFiles
 from calib.nn import AttentionFormat, QuantLinear, describe_linear, quant_linear
 from calib.observers import ranks
@@ -94,7 +94,7 @@ class Journal:
         file = self.folder / entry["file"]
         if not file.is_file():
             raise OutputError(f"{file} is missing, which the journal calls finished", ANEW)
-        if _sha256(file) != entry["sha256"]:
+        if sha256(file) != entry["sha256"]:
             raise OutputError(f"{file} is not the file that was written (sha256 differs)", ANEW)
 
     def write(
@@ -116,10 +116,10 @@ class Journal:
         """Write a safetensors file, whole or not at all; its name and sha256."""
         part, file = self.folder / f"{name}.part", self.folder / name
         save_file(dict(tensors), str(part), metadata={"format": "pt"})
-        _sync(part)
+        sync(part)
         part.replace(file)
-        _sync(file.parent)
-        return {"file": name, "sha256": _sha256(file)}
+        sync(file.parent)
+        return {"file": name, "sha256": sha256(file)}
 
     def files(self, name: str) -> TensorFiles:
         """Where a finished block's tensors are."""
@@ -208,7 +208,7 @@ def _append(file: Path, line: Mapping[str, Any]) -> None:
         handle.write(json.dumps(line, default=str).encode() + b"\n")
         handle.flush()
         os.fsync(handle.fileno())
-    _sync(file.parent)
+    sync(file.parent)
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -227,19 +227,3 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str,
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:12] + "..."
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -108,7 +108,7 @@ class Engine:
         self.shards = shards or {}
         self.methods, self.rounding = resolve(recipe)
         self.outcome = Outcome()
-        self._blocks = [name for stack in plan.stacks for name in stack.names]
+        self._blocks = plan.block_names()
 
     def run(self, batches: Sequence[Batch]) -> Outcome:
         """Process every stack. The model's planned Linears are QuantLinears afterwards."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from calib.engine import Journal
 from calib.errors import CalibError, OutputError
+from calib.files import sha256, sync
 
 MANIFEST = "calib.json"  # in every export, whatever its format: what makes a folder ours to replace
 MAX_SHARD = "5GB"
@@ -108,9 +108,9 @@ def publish(stage: Path, path: Path) -> None:
     mask = _umask()  # mkdtemp and safetensors write private files, an output folder is not
     for file in [*stage.rglob("*"), stage]:
         file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
-        _fsync(file)
+        sync(file)
     _move(stage, path)
-    _fsync(path.parent)
+    sync(path.parent)
 
 
 def finished(stage: Path, out: str | Path, finish: Finish | None) -> None:
@@ -142,16 +142,6 @@ def _move(stage: Path, path: Path) -> None:
         shutil.rmtree(old.parent, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -173,14 +163,6 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def nbytes(tensors: Mapping[str, Tensor]) -> int:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from calib.engine import Journal
 from calib.errors import VerifyError
 from calib.export import checkpoint, compressed
-from calib.export.files import Finish, check_out, finished, publish, sha256, write_json, writing
+from calib.export.files import Finish, check_out, finished, publish, write_json, writing
+from calib.files import sha256
 from calib.model import Resident, TensorFiles
 from calib.nn import Prefix
 

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calib.errors import ModelError, VerifyError
-from calib.export.files import MANIFEST, sha256, writing
+from calib.export.files import MANIFEST, writing
 from calib.export.load import check_folder
+from calib.files import sha256
 
 REFERENCE = Path("verify") / "reference.safetensors"  # in a folder of its own: loaders read every top-level safetensors
 ROWS, TOKENS, TAIL = 2, 64, 16

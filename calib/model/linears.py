@@ -39,16 +39,15 @@ class _WeightUse(TorchFunctionMode):
         if func is F.linear:
             weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
             if isinstance(weight, Tensor):
-                address = weight.untyped_storage().data_ptr()
+                whole = weight if weight._base is None else weight._base
                 for name, module, attribute in self.bare:
-                    whole = getattr(module, attribute)
-                    if whole.device.type != "meta" and whole.untyped_storage().data_ptr() == address:
+                    if getattr(module, attribute) is whole:  # by identity: meta tensors have no address
                         self.used[name] = None
         return func(*args, **(kwargs or {}))
 
 
 def find_rewrites(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[dict[str, str]]:
-    """Every Conv1D, and every bare parameter that one forward on ``inputs`` hands to F.linear."""
+    """Every Conv1D, and every bare parameter that one forward on ``inputs`` hands to F.linear; on meta tensors too."""
     rewrites = [{"name": name, "kind": "conv1d"} for name, m in model.named_modules() if isinstance(m, Conv1D)]
     bare = [
         (f"{path}.{name}".lstrip("."), module, name)

@@ -57,6 +57,10 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     prefix: tuple[int, ...] | None = None
 
+    def block_names(self) -> list[str]:
+        """All blocks, in the order they run."""
+        return [name for stack in self.stacks for name in stack.names]
+
     def quantized(self) -> list[str]:
         return [e.name for e in self.entries.values() if e.status != "excluded"]
 
@@ -129,7 +133,7 @@ def make_plan(model: nn.Module, recipe: Recipe, batch: Batch, store: Resident | 
             for i, name in enumerate(stack.names):
                 with store.hold(name):
                     plan.blocks[name], hidden = _plan_block(model, name, inputs.calls[0][i], hidden, generator)
-    _settle(model, found, plan, recipe)
+    settle(model, found, plan, recipe)
     return plan
 
 
@@ -173,7 +177,8 @@ def _try_fold(
         site.kind, site.producer = "input", None
 
 
-def _settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe: Recipe) -> None:
+def settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe: Recipe) -> None:
+    """Give every Linear its entry in the plan. Raises InputError for a rule that matches nothing."""
     site_of = {
         f"{block.name}.{path}": site
         for block in plan.blocks.values()

@@ -10,7 +10,7 @@ import collections
 import contextlib
 import json
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.pytorch_utils import Conv1D
 
 from calib.errors import InputError, ModelError
 from calib.model.blocks import Batch, Call, capture, find_stacks
-from calib.model.linears import apply_rewrites, linears, loop_over_experts
-from calib.model.plan import BlockPlan, Plan, _settle
+from calib.model.linears import apply_rewrites, find_rewrites, linears, loop_over_experts
+from calib.model.plan import BlockPlan, Plan, settle
 from calib.model.sites import find_sites
 from calib.model.trace import record, tensors_in
 from calib.recipe import Recipe
@@ -136,7 +135,7 @@ def skeleton(config: Any, recipe: Recipe, dtype: torch.dtype = torch.float32) ->
     hidden = 0
     try:
         with _answering(config), torch.no_grad(), loop_over_experts(model):
-            rewrites = _rewrites(model, _batch(model, 1, 8))
+            rewrites = find_rewrites(model, _batch(model, 1, 8))
             apply_rewrites(model, rewrites)
             found = linears(model)
             if not found:
@@ -162,7 +161,7 @@ def skeleton(config: Any, recipe: Recipe, dtype: torch.dtype = torch.float32) ->
             "name a folder or hub id that holds the weights: then one small batch is run instead",
         ) from error
     plan = Plan({}, stacks, blocks, rewrites, [UNPROVEN])
-    _settle(model, found, plan, recipe)
+    settle(model, found, plan, recipe)
     return Skeleton(model, plan, recipe.batch_size, tokens, work, hidden)
 
 
@@ -218,39 +217,6 @@ def _answering(config: Any) -> Iterator[None]:
     experts = next((n for name in names if isinstance(n := getattr(text, name, None), int) and n > 0), 1)
     with torch.device("meta"), _Answers(experts):
         yield
-
-
-class _Uses(TorchFunctionMode):
-    """Which parameters F.linear takes as weight, whole or a slice: by identity, for meta tensors have no address."""
-
-    def __init__(self, owners: Mapping[int, str]) -> None:
-        super().__init__()
-        self.owners, self.used = owners, dict[str, None]()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear:
-            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
-            if isinstance(weight, Tensor):
-                whole = weight if weight._base is None else weight._base
-                if id(whole) in self.owners:
-                    self.used[self.owners[id(whole)]] = None
-        return func(*args, **(kwargs or {}))
-
-
-def _rewrites(model: nn.Module, batch: Batch) -> list[dict[str, str]]:
-    """As ``find_rewrites``, without addresses."""
-    rewrites = [{"name": name, "kind": "conv1d"} for name, m in model.named_modules() if isinstance(m, Conv1D)]
-    owners = {}
-    for module_name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() in (2, 3):
-                    owners[id(parameter)] = f"{module_name}.{name}".lstrip(".")
-    if owners:
-        with _Uses(owners) as uses:
-            model(**batch)
-        rewrites += [{"name": name, "kind": "parameter"} for name in uses.used]
-    return rewrites
 
 
 class _Meter(TorchDispatchMode):

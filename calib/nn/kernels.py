@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from calib.quantizers.product import LONGEST, PROBES, inexact, int_mm, int_mm_refusal
+
 if TYPE_CHECKING:
     from calib.nn.activation import ActivationQuantizer
     from calib.nn.linear import QuantLinear
@@ -29,10 +31,8 @@ Product = Callable[[Tensor, float, int, "Tensor | None"], Tensor]
 
 TILE = 1 << 20  # weights decoded to float at a time: the tile stays in cache
 BLOCK = 1 << 19  # activations quantized at a time: larger temporaries page-fault on every call, up to 5x
-LONGEST = 1 << 16  # inputs of which every int32 sum, zero point included, is safe from overflow
 INT4_GROUPS = (32, 64, 128, 256)  # what torch's int4 kernel takes, with outputs in multiples of 16
 INT4_ROWS = 64  # beyond, decoding the weight once costs less than decoding it for every row
-PROBES = [(1, 64, 32), (2, 129, 7), (33, 512, 48)]  # rows, inputs (at most 512: sums exact in fp32), outputs
 
 
 class Kernel(Protocol):
@@ -147,7 +147,7 @@ def _operator(module: QuantLinear, scale: Tensor) -> tuple[Product, str]:
     def product(codes: Tensor, x_scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
         nonlocal packed
         if plain is not None and sums is not None and (not cpu or len(codes) == 1):
-            total = _int_mm(codes, plain)
+            total = int_mm(codes, plain)
             y = (total - zero_point * sums if zero_point else total).float().mul_(x_scale).mul_(scale)
             return y if bias is None else y.add_(bias)
         if packed is None:
@@ -309,45 +309,30 @@ def _qlinear(
     )
 
 
-def _int_mm(codes: Tensor, weight: Tensor) -> Tensor:
-    """int32 [M, out] of int8 codes [M, in] and weight [out, in]; CUDA wants more than 16 rows."""
-    if codes.device.type == "cuda" and len(codes) <= 16:
-        padded = torch.nn.functional.pad(codes, (0, 0, 0, 17 - len(codes)))
-        return torch._int_mm(padded, weight.t())[: len(codes)]
-    return torch._int_mm(codes, weight.t())
-
-
 @functools.cache
 def _refused(operator: Operator, limit: int, device: str = "cpu") -> str:
     """Why the operator cannot be trusted here with weights in [-limit, limit]; empty where it is exact."""
+    if operator == "int4":
+        return _int4_refusal()
+    found = int_mm_refusal(limit, device) if operator == "int_mm" else inexact(_prepacked, limit, device, PROBES)
+    return found and f"{operator} {found}"
+
+
+def _prepacked(codes: Tensor, weight: Tensor) -> Tensor:
+    """oneDNN's sums of int8 codes [m, k] and weight [n, k], in fp32."""
+    packed, n = torch.ops.onednn.qlinear_prepack(weight, None), len(weight)
+    return _qlinear(codes.clone(), 1.0, 0, packed, torch.ones(n), torch.zeros(n, dtype=torch.int32), None)
+
+
+def _int4_refusal() -> str:
     generator = torch.Generator().manual_seed(0)
-    shapes = PROBES if device == "cpu" else [(17, 64, 32), (3, 128, 8)]
-    try:
-        if operator == "int4":
-            return _int4_refusal(generator)
-        for m, k, n in shapes:
-            x = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator)
-            w = torch.randint(-limit, limit + 1, (n, k), dtype=torch.int8, generator=generator)
-            x[0], w[0], w[1] = 127, limit, -limit
-            exact = x.long() @ w.long().t()
-            x, w = x.to(device), w.to(device)
-            if operator == "int_mm":
-                got = _int_mm(x, w)
-            else:
-                packed, no_zero = torch.ops.onednn.qlinear_prepack(w, None), torch.zeros(n, dtype=torch.int32)
-                got = _qlinear(x.clone(), 1.0, 0, packed, torch.ones(n), no_zero, None)
-            if not torch.equal(got.cpu().long(), exact):
-                return f"{operator} is not exact on this {device} (no VNNI?)"
-    except (AttributeError, RuntimeError, NotImplementedError) as error:
-        return f"{operator} does not run here: {' '.join(str(error).split())[:80]}"
-    return ""
-
-
-def _int4_refusal(generator: torch.Generator) -> str:
     codes = torch.randint(-8, 8, (48, 128), dtype=torch.int8, generator=generator)
     # Powers of two as scales and small integers as inputs: exact in bf16 up to the rounding of the result.
     scale = 2.0 ** torch.randint(-3, 3, (48, 4), generator=generator)
     x = torch.randint(-3, 4, (3, 128), generator=generator)
     weight = (codes.unflatten(1, (4, 32)) * scale.unsqueeze(-1)).flatten(1)
-    got, exact = _int4_product(codes, scale, 32)(x.to(torch.bfloat16)).float(), x.float() @ weight.t()
+    try:
+        got, exact = _int4_product(codes, scale, 32)(x.to(torch.bfloat16)).float(), x.float() @ weight.t()
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        return f"int4 does not run here: {' '.join(str(error).split())[:80]}"
     return "" if torch.allclose(got, exact, rtol=1e-2) else "int4 is wrong on this cpu"

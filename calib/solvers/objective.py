@@ -7,7 +7,6 @@ of its accumulation. Buffers are reused from one candidate to the next: fresh pa
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from calib.quantizers import AffineSpec, fake_quantize, fake_quantize_dynamic, qparams, weight_range
+from calib.quantizers.product import LONGEST, int_mm_refusal
 
-LONGEST = 1 << 16  # inputs of which every int32 sum of int8 products is safe from overflow
 CACHED = 1 << 18  # elements treated at a time by a chain of in-place operations
 PRODUCT = 1 << 22  # outputs computed at a time
 RANK_ROWS, RANK_OUTPUTS, RANK_PRODUCTS = 256, 256, 1 << 28
@@ -44,23 +43,7 @@ def takes_integers(inputs: AffineSpec | None, weights: AffineSpec, weight: Tenso
         return False
     rows = inputs.granularity == ("token" if inputs.dynamic else "tensor")
     fits = weight.device.type == "cpu" and weight.shape[1] <= LONGEST
-    return rows and fits and _int_mm_is_exact(weights.qmax)
-
-
-@functools.cache
-def _int_mm_is_exact(limit: int) -> bool:
-    """Whether torch._int_mm is exact here with weights in [-limit, limit]; without VNNI large products saturate."""
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for m, k, n in [(1, 64, 32), (2, 129, 7), (33, 512, 48)]:
-            x = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator)
-            w = torch.randint(-limit, limit + 1, (n, k), dtype=torch.int8, generator=generator)
-            x[0], w[0], w[1] = 127, limit, -limit
-            if not torch.equal(torch._int_mm(x, w.t()).long(), x.long() @ w.long().t()):
-                return False
-    except (AttributeError, RuntimeError, NotImplementedError):
-        return False
-    return True
+    return rows and fits and not int_mm_refusal(weights.qmax)
 
 
 class WeightCodes:

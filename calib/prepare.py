@@ -1,0 +1,185 @@
+"""What stands before a run: the model and where its weights are, the data as tokens, and what is refused by then."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from calib.data import TokenData, calibration_data, sequence_limit
+from calib.errors import InputError, ModelError, NumericsError, OutputError
+from calib.export import checkpoint
+from calib.export.load import read_config
+from calib.files import sha256
+from calib.model import Plan, Resident, is_finite
+from calib.model.cost import BUDGET, estimate, refuse
+from calib.nn import QuantLinear
+from calib.observers import ranks
+from calib.recipe import Recipe
+
+Model = str | os.PathLike[str] | nn.Module
+
+
+def join_ranks(model: Model, out: str | os.PathLike[str] | None) -> None:
+    """Take part in the run that torchrun started, if it did. Raises InputError where a run cannot be shared."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if isinstance(model, nn.Module) or out is None:
+        raise InputError("several processes need a model by name and an --out", "give both, or run without torchrun")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def load_model(
+    model: Model, tokenizer: Any, dtype: torch.dtype, progress: bool, *, streamed: bool
+) -> tuple[nn.Module, Any, Resident, str]:
+    """The model, its tokenizer, where its weights are (in its files where that can be, if ``streamed``), and why they
+    are in memory where they were meant not to be.
+    """
+    if isinstance(model, nn.Module):
+        if any(isinstance(m, QuantLinear) for m in model.modules()):
+            raise InputError("the model is quantized already", "start from the float model")
+        model = model.eval().requires_grad_(False)
+        _check_finite(model)
+        # nn.Module's own cast: transformers refuses it on a model that was dequantized from a GGUF file
+        return nn.Module.to(model, dtype), tokenizer, Resident(), ""
+    from model_zoo import sources, stream
+
+    source = sources.resolve(model, progress=progress)
+    if source.gguf_file is None and (Path(source.path) / "config.json").is_file():  # known before it is loaded
+        _check_float(source.name, read_config(Path(source.path)).get("quantization_config"))
+    store, network, why = Resident(), None, ""
+    if streamed:
+        try:
+            network, store, found = stream.open_streamed(source, dtype=dtype, progress=progress)
+        except stream.NotStreamable as error:
+            why = f"weights are held in memory, not streamed: {error.cause}"
+    if network is None:
+        network, found = sources.load_model(source, dtype=dtype, progress=progress)
+        _check_finite(network)
+    _check_float(source.name, getattr(network.config, "quantization_config", None))
+    network.requires_grad_(False)
+    return network, tokenizer if tokenizer is not None else found, store, why
+
+
+def memory_budget(
+    network: nn.Module, store: Resident, recipe: Recipe, dtype: torch.dtype, max_memory: int | None
+) -> int | None:
+    """Bytes of hidden states to keep in memory. Raises InputError where the run cannot stay within ``max_memory``."""
+    if max_memory is None:
+        return BUDGET if store.streamed else None
+    if not store.streamed:
+        cause = "--max-memory holds where weights are streamed from their files, and this model was loaded whole"
+        raise InputError(cause, "leave it out, or give a model of another architecture")
+    estimated = estimate(network.config, recipe, dtype=dtype, max_memory=max_memory, world=ranks.world())
+    return refuse(estimated, max_memory).in_memory
+
+
+def fingerprint(model: str | os.PathLike[str], recipe: Recipe, tokens: TokenData, dtype: torch.dtype) -> dict[str, Any]:
+    """All that decides what a run writes."""
+    from model_zoo import sources
+
+    folder = Path(sources.resolve(model, progress=False).path)
+    files = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".gguf") or p.name == "config.json")
+    return {
+        "model": {file.name: sha256(file) for file in files} or str(model),
+        "data": tokens.fingerprint,
+        "recipe": recipe.model_dump(mode="json"),
+        "dtype": str(dtype),
+        "versions": checkpoint.versions(),
+    }
+
+
+def calibration_tokens(model: nn.Module, tokenizer: Any, data: Any, recipe: Recipe) -> TokenData:
+    """Windows of running text for generative models, padded sentences for encoders."""
+    config = getattr(model, "config", None)
+    generative = bool(getattr(model, "can_generate", lambda: False)()) and not getattr(
+        config, "is_encoder_decoder", False
+    )
+    limit = sequence_limit(config, tokenizer) if config is not None else None
+    asked = "seq_len" in recipe.model_fields_set and generative  # only a length asked for may be too long
+    room = len(recipe.prefix) if isinstance(recipe.prefix, tuple) else int(recipe.prefix == "auto" and generative)
+    length = recipe.seq_len if asked or limit is None else min(recipe.seq_len, limit - room)
+    return calibration_data(
+        data,
+        tokenizer,
+        recipe.samples,
+        length,
+        recipe.seed,
+        pack=generative,
+        batch_size=recipe.batch_size,
+        limit=limit,
+        vocabulary=_vocabulary(model),
+    )
+
+
+def stored_bytes(model: nn.Module, plan: Plan) -> int:
+    """About what the checkpoint will take on disk."""
+    owners = {id(parameter): parameter for parameter in model.parameters()}
+    total = sum(parameter.numel() * parameter.element_size() for parameter in owners.values())
+    for name in plan.quantized():
+        entry, weight = plan.entries[name], model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        total -= int(weight.numel() * (weight.element_size() - entry.bits / 8))
+    return total
+
+
+def check_prefix(model: nn.Module, prefix: Sequence[int], data: TokenData, limit: int | None) -> None:
+    """The prefix is of the model's vocabulary and leaves room for the windows. Raises InputError."""
+    size = _vocabulary(model)
+    longest = max(batch["input_ids"].shape[1] for batch in data)
+    if prefix and limit is not None and longest + len(prefix) > limit:
+        cause = f"windows of {longest} tokens after {len(prefix)} of a prefix are beyond the model's limit of {limit}"
+        raise InputError(cause, f"use --seq-len {limit - len(prefix)}, or --prefix none")
+    for token in prefix:
+        if token < 0 or (size is not None and token >= size):
+            raise InputError(f"prefix token {token} is not in the model's vocabulary of {size}", "choose other tokens")
+
+
+def check_apart(out: str | os.PathLike[str], *sources: object) -> None:
+    """The output must not take the place of what it is made from. Raises OutputError."""
+    target = Path(out).expanduser().resolve()
+    for source in sources:
+        if not isinstance(source, (str, os.PathLike)):
+            continue
+        with contextlib.suppress(OSError, ValueError):  # text, not a path
+            path = Path(source).expanduser().resolve()
+            if path.exists() and (path == target or target in path.parents):
+                raise OutputError(f"output folder {out} holds the input {source}", "choose another --out")
+
+
+def check_done(model: nn.Module, plan: Plan) -> None:
+    """Every planned Linear is quantized and no other one is. Raises ModelError."""
+    done = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    planned = set(plan.quantized())
+    if done != planned:
+        odd: Sequence[str] = sorted(done ^ planned)
+        raise ModelError(f"{odd[0]} and {len(odd) - 1} more differ from the plan", "report this model as a bug")
+
+
+def _check_float(name: str, config: Any) -> None:
+    """Refuse what is quantized already; transformers turns a GGUF file's weights into floats."""
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    method = getattr(method, "value", method)
+    if config is not None and method != "gguf":
+        raise InputError(f"{name} is quantized already ({method})", "start from the float model")
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter):
+            raise NumericsError(f"weight {name} holds NaN or inf", "repair or download the checkpoint again")
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many token ids the model knows; None where it does not say."""
+    with contextlib.suppress(AttributeError, NotImplementedError):  # transformers' way to say that there are none
+        count = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        return int(count)
+    return None
