@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,20 +66,9 @@ def search_exhaustive(absmax: Tensor, loss: Loss, grid: Sequence[float] | None =
     return Search(best[0], scale_for(absmax, best[0]), best[1], identity, tuple(curve))
 
 
-def spread(grid: Sequence[float], count: int) -> list[float]:
-    """About ``count`` thresholds of the grid, evenly spaced in their logarithm, largest first."""
-    if len(grid) <= count:
-        return sorted(grid, reverse=True)
-    top, ratio = max(grid), min(grid) / max(grid)
-    steps = [top * ratio ** (i / (count - 1)) for i in range(count)]
-    return sorted({min(grid, key=lambda t: abs(t - step)) for step in steps}, reverse=True)
-
-
-def rank_coarse(
-    absmax: Tensor, rank: Loss, grid: Sequence[float] | None = None, count: int = 16
-) -> list[tuple[float, float]]:
-    """(threshold, loss) of s = 1 (threshold inf) and of ``count`` thresholds spread over the grid, largest first."""
-    few = spread(fast_grid(absmax) if grid is None else grid, count)
+def rank_coarse(absmax: Tensor, rank: Loss, every: int = 6) -> list[tuple[float, float]]:
+    """(threshold, loss) of s = 1 (threshold inf) and of each ``every``-th threshold of ``fast_grid``, largest first."""
+    few = fast_grid(absmax)[::every]
     return [(float("inf"), rank(torch.ones_like(absmax))), *((t, rank(scale_for(absmax, t))) for t in few)]
 
 
@@ -87,46 +76,30 @@ def search_fast(
     absmax: Tensor,
     rank: Loss,
     exact: Loss,
-    coarse: Sequence[tuple[float, float]] | None = None,
+    coarse: Sequence[tuple[float, float]] = (),
     grid: Sequence[float] | None = None,
-    count: int = 46,
-    around: int = 6,
     keep: int = 8,
-    margin: float = 0.1,
+    slack: float = 0.05,
 ) -> Search:
-    """Rank about half of the grid and all of it around the best, then score s = 1 and the short list exactly.
+    """Rank the whole grid (real losses are jagged: neighbours differ by up to 15 %), score the best ranked exactly.
 
-    rank, exact: the same objective on few and on many rows. coarse: ``rank_coarse``'s result, where it is known. grid:
-    the candidates (default: ``fast_grid``). count: how many are ranked wherever they lie; around: beside how many of
-    the best all are (real losses are jagged: neighbours differ by up to 15 %). The short list: at most ``keep``, ranked
-    within ``margin`` of the best. The scale returned is never worse than s = 1 on ``exact``.
+    rank, exact: the same objective on few and on many rows. coarse: losses that ``rank_coarse`` found. grid: the
+    candidates (default: ``fast_grid``). At most ``keep`` are scored beside s = 1; after three, those ranked so far back
+    that to win they would have to beat their rank by ``slack`` more than any did yet are left out. The scale returned
+    is never worse than s = 1 on ``exact``.
     """
-    grid = sorted(fast_grid(absmax) if grid is None else grid, reverse=True)
-    start, *ranked = rank_coarse(absmax, rank, grid, count) if coarse is None else coarse
-    known = dict(ranked)
-    known |= {t: rank(scale_for(absmax, t)) for t in spread(grid, count) if t not in known}
-    while new := _narrowed(grid, known, around):
-        known |= {t: rank(scale_for(absmax, t)) for t in new}
-    identity = exact(torch.ones_like(absmax))
-    best, top = (float("inf"), identity), float(absmax.amax())
-    short = sorted((t for t in known if t < top), key=known.__getitem__)[:keep]
-    for t in short:
-        if known[t] > known[short[0]] * (1 + margin):
+    known = dict(coarse)
+    for t in (float("inf"), *(fast_grid(absmax) if grid is None else grid)):
+        if t not in known:
+            known[t] = rank(scale_for(absmax, t))
+    identity, top = exact(torch.ones_like(absmax)), float(absmax.amax())
+    best, luck = (float("inf"), identity), float("inf")
+    for number, t in enumerate(sorted((t for t in known if t < top), key=known.__getitem__)[:keep]):
+        if number >= 3 and known[t] * luck * (1 - slack) > best[1]:
             break
         score = exact(scale_for(absmax, t))
+        luck = min(luck, score / max(known[t], 1e-30))
         if score < best[1]:
             best = (t, score)
-    curve = (start, *sorted(known.items(), reverse=True))
+    curve = tuple(sorted(known.items(), reverse=True))
     return Search(best[0], scale_for(absmax, best[0]), best[1], identity, curve)
-
-
-def _narrowed(grid: Sequence[float], known: Mapping[float, float], around: int, refine: int = 6) -> list[float]:
-    """The grid's points to ask next: ``refine`` evenly spaced ones between each of the best points' neighbours."""
-    points, new = sorted(known, reverse=True), dict[float, None]()
-    for best in sorted(points, key=known.__getitem__)[:around]:
-        at = points.index(best)
-        high, low = points[max(at - 1, 0)], points[min(at + 1, len(points) - 1)]
-        between = [t for t in grid if low < t < high and t not in known]
-        number = min(refine, len(between))
-        new |= dict.fromkeys(between[int((i + 0.5) * len(between) / number)] for i in range(number))
-    return list(new)
