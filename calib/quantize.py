@@ -231,13 +231,14 @@ def _prefix(network: nn.Module, plan: Plan, recipe: Recipe, tokens: TokenData, t
 
 def _check_rotation(plan: Plan, recipe: Recipe) -> None:
     """A Hadamard block that was asked for divides the width of every site it would rotate."""
-    given = dict(method.partition(":")[::2] for method in recipe.methods)
-    if not given.get("hadamard"):
+    given = {name: value for method in recipe.methods for name, _, value in [method.partition(":")] if value}
+    name = "rotate" if "rotate" in given else "hadamard"
+    if name not in given:
         return
-    rotation, planned = Hadamard(given["hadamard"]), set(plan.quantized())
+    rotation, planned = Hadamard(name, given[name]), set(plan.quantized())
     for name, block in plan.blocks.items():
-        for site in filter(takes_rotation, block.sites):
-            if planned.issuperset(f"{name}.{path}" for path in site.consumers):
+        for site in block.sites:
+            if takes_rotation(site, recipe) and planned.issuperset(f"{name}.{path}" for path in site.consumers):
                 rotation.block_for(site.features)
 
 

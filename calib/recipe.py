@@ -12,8 +12,8 @@ from calib.quantizers import AffineSpec
 
 SiteChoice = Literal["norm", "vo", "updown", "fc", "fused"]
 FOLDS: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
-METHODS = ("rtn", "smoothquant", "os+", "hadamard", "gptq")
-VALUED = ("smoothquant", "hadamard")  # methods that take a value, as in smoothquant:0.8
+METHODS = ("rtn", "smoothquant", "os+", "hadamard", "rotate", "gptq")
+VALUED = ("smoothquant", "hadamard", "rotate")  # methods that take a value, as in smoothquant:0.8
 
 
 class _Data(BaseModel):

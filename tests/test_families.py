@@ -85,6 +85,19 @@ def test_a_wrong_site_is_refused_and_undone(family: str) -> None:
     assert torch.equal(logits(model, batch), before)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bert", "gpt_neox", "phi3", "bart"])
+def test_a_rotation_between_value_and_output_folds_head_by_head(family: str) -> None:
+    result = calib.quantize(build(family), "w8a8-static", "rotate", batches(family), prefix="none", progress=False)
+    values = [(b.name, s) for b in result.plan.blocks.values() for s in b.sites if s.kind == "vo"]
+    assert values
+    for name, site in values:
+        assert site.head == 16, "the families' heads have 16 channels, and none may be mixed with another's"
+        for path in site.consumers:
+            module = result.model.get_submodule(f"{name}.{path}")
+            assert isinstance(module, QuantLinear) and module.input.hadamard == 1, "folded: nothing runs online"
+    assert not [note for note in result.report["notes"] if "undone" in note]
+
+
 def test_gelu_paths_are_proposed_and_named_as_refused() -> None:
     model, batch = build("gpt2"), batches("gpt2", 1)[0]
     plan = make_plan(model, recipe(scheme("w8a8-static"), "os+", stock=True), batch)
@@ -94,9 +107,7 @@ def test_gelu_paths_are_proposed_and_named_as_refused() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "name, method", [("w8a8-static", "os+"), ("w4a8", "os+,gptq"), ("w8a8-static", "hadamard,os+")]
-)
+@pytest.mark.parametrize("name, method", [("w8a8-static", "os+"), ("w4a8", "os+,gptq"), ("w6a6-static", "rotate,os+")])
 def test_planned_linears_change_and_no_other_parameter(family: str, name: str, method: str) -> None:
     model, data = build(family), batches(family)
     reference = build(family)

@@ -111,7 +111,7 @@ class BlockCalibration:
             else:
                 state.transform.fuse(found.shift, found.scale)
             if found.hadamard > 1:
-                state.transform.rotate(found.hadamard)
+                state.transform.rotate(found.hadamard, foldable=state.folds_rotation)
             self.given.refresh()
         state.detail["proof"] = error[0]
         if error[0] <= self.tolerance:

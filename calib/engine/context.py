@@ -16,6 +16,7 @@ from calib.solvers import quantize_input, quantize_weight
 from calib.solvers.objective import Encoded, InputCodes, Scratch, WeightCodes, encoded, product, takes_integers
 
 Loss = Callable[[Tensor], float]
+Rotate = Callable[[Tensor], Tensor]
 
 
 class _Reached(Exception):
@@ -80,12 +81,21 @@ class ContextObjective:
         self.buffers = other.buffers
 
     def prepare(
-        self, shift: Tensor | None, lo: Tensor, hi: Tensor, inputs: AffineSpec | None, weights: AffineSpec
+        self,
+        shift: Tensor | None,
+        lo: Tensor,
+        hi: Tensor,
+        inputs: AffineSpec | None,
+        weights: AffineSpec,
+        rotate: Rotate | None = None,
+        rows: Tensor | None = None,
     ) -> Loss:
-        """loss(s) for inputs shifted by z; lo, hi [n]: their channel extremes."""
+        """loss(s) for inputs shifted by z; lo, hi [n]: their channel extremes. rotate: applied to x / s and W s before
+        they are quantized; a static range is then that of the shifted ``rows`` [T, n], rotated.
+        """
         target: list[Tensor] = []  # computed when first asked for: most variants are ranked on few tokens only
-        shared = _SharedInput(shift, lo, hi, inputs, self.buffers)
-        consumers = [_Consumer(linear, shift, inputs, weights, self.buffers) for linear in self.consumers]
+        shared = _SharedInput(shift, lo, hi, inputs, self.buffers, rotate, rows)
+        consumers = [_Consumer(linear, shift, inputs, weights, self.buffers, rotate) for linear in self.consumers]
 
         def loss(scale: Tensor) -> float:
             with torch.no_grad(), contextlib.ExitStack() as undo:
@@ -122,13 +132,24 @@ class _SharedInput:
     """The input of a site's consumers, quantized once for all that take the same tensor."""
 
     def __init__(
-        self, shift: Tensor | None, lo: Tensor, hi: Tensor, inputs: AffineSpec | None, buffers: _Buffers
+        self,
+        shift: Tensor | None,
+        lo: Tensor,
+        hi: Tensor,
+        inputs: AffineSpec | None,
+        buffers: _Buffers,
+        rotate: Rotate | None,
+        rows: Tensor | None,
     ) -> None:
-        self.shift, self.lo, self.hi, self.inputs, self.buffers = shift, lo, hi, inputs, buffers
+        self.shift, self.inputs, self.buffers, self.rotate, self.rows = shift, inputs, buffers, rotate, rows
+        self.whole, self.ones = (lo, hi), torch.ones_like(lo)
 
     def rescale(self, scale: Tensor) -> None:
         """For the next candidate."""
         self.scale = scale
+        self.lo, self.hi = (end / scale for end in self.whole)
+        if self.rotate is not None and self.rows is not None and self.inputs is not None and not self.inputs.dynamic:
+            self.lo, self.hi = torch.aminmax(self.rotate(self.rows / scale), dim=0)
         self._of: Tensor | None = None  # held, so that its address stays its own
         self._made: Tensor | Encoded | None = None
 
@@ -136,7 +157,8 @@ class _SharedInput:
         """x as the consumers see it, in floats."""
         if self._of is not x:
             moved = (x if self.shift is None else x - self.shift) / self.scale
-            self._made = quantize_input(moved, self.inputs, self.lo / self.scale, self.hi / self.scale)
+            moved = moved if self.rotate is None else self.rotate(moved)
+            self._made = quantize_input(moved, self.inputs, self.lo, self.hi)
             self._of = x
         assert isinstance(self._made, Tensor)
         return self._made
@@ -146,7 +168,10 @@ class _SharedInput:
         if self._of is not x:
             assert self.inputs is not None
             rows = (x if self.shift is None else x - self.shift).reshape(-1, x.shape[-1])
-            self._made = encoded(rows, InputCodes(self.inputs, self.lo, self.hi, self.scale), self.buffers.scratch)
+            codes = InputCodes(self.inputs, *self.whole, self.scale)
+            if self.rotate is not None:
+                rows, codes = self.rotate(rows / self.scale), InputCodes(self.inputs, self.lo, self.hi, self.ones)
+            self._made = encoded(rows, codes, self.buffers.scratch)
             self._of = x
         assert isinstance(self._made, tuple)
         return self._made
@@ -162,21 +187,27 @@ class _Consumer:
         inputs: AffineSpec | None,
         weights: AffineSpec,
         buffers: _Buffers,
+        rotate: Rotate | None,
     ) -> None:
         assert isinstance(linear, nn.Linear)
-        self.linear, self.weights, self.buffers = linear, weights, buffers
+        self.linear, self.weights, self.buffers, self.rotate = linear, weights, buffers, rotate
         self.bias: Tensor | None = linear.bias
         if shift is not None:
             added = linear.weight @ shift
             self.bias = added if self.bias is None else self.bias + added
         self.integer = takes_integers(inputs, weights, linear.weight)
+        self.ones = torch.ones(linear.in_features)
 
     def quantized(self, scale: Tensor, shared: _SharedInput) -> Callable[[Tensor], Tensor]:
         """The forward that stands in for the Linear's own; its result is overwritten by its next one."""
         if not self.integer:
-            weight = quantize_weight(self.linear.weight * scale, self.weights)
+            weight = quantize_weight(self._moved(scale), self.weights)
             return lambda x: F.linear(shared.floats(x), weight, self.bias)
-        codes = self.buffers.codes_of(self.linear, self.weights)(self.linear.weight, scale)
+        if self.rotate is None:
+            codes = self.buffers.codes_of(self.linear, self.weights)(self.linear.weight, scale)
+        else:
+            moved = self._moved(scale)
+            codes = WeightCodes(moved, self.weights)(moved, self.ones)
 
         def forward(x: Tensor) -> Tensor:
             y = product(shared.codes(x), codes, self.buffers.scratch, f"product {id(self.linear)}")
@@ -185,3 +216,7 @@ class _Consumer:
             return y.view(*x.shape[:-1], -1).to(x.dtype)
 
         return forward
+
+    def _moved(self, scale: Tensor) -> Tensor:
+        weight = self.linear.weight * scale
+        return weight if self.rotate is None else self.rotate(weight)

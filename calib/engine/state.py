@@ -99,10 +99,12 @@ class SiteState:
         def objective(shift: Tensor | None, hadamard: int) -> tuple[Loss, Loss]:
             low, high = (lo, hi) if shift is None else (lo - shift, hi - shift)
             rotate = functools.partial(block_hadamard, block=hadamard) if hadamard > 1 else None
-            if probes and rotate is None:
-                few, many = (probe.prepare(shift, low, high, scheme.inputs, scheme.weights) for probe in probes)
-                return few, many
             rows = self.sample.rows if shift is None else self.sample.rows - shift
+            if probes:
+                few, many = (
+                    probe.prepare(shift, low, high, scheme.inputs, scheme.weights, rotate, rows) for probe in probes
+                )
+                return few, many
             many = LinearObjective(rows, stacked(), low, high, scheme.inputs, scheme.weights, rotate)
             return many.few(), many
 
@@ -115,8 +117,14 @@ class SiteState:
             can_shift=self.takes_shift or fused,
             can_scale=self.foldable or fused,
             objective=objective,
-            can_rotate=takes_rotation(self.site) and self.whole,
+            can_rotate=takes_rotation(self.site, self.recipe) and self.whole,
+            largest_block=self.site.head if self.folds_rotation else 128,
         )
+
+    @property
+    def folds_rotation(self) -> bool:
+        """True between value and output projection: attention moves rows about and keeps a head together."""
+        return self.site.head > 1 and self.foldable
 
     @property
     def foldable(self) -> bool:

@@ -76,7 +76,7 @@ def refusals(recipe: Recipe, dtype: torch.dtype, rewrites: Sequence[Mapping[str,
         reasons.append(FLOAT_ROWS)
     if scheme.attention is not None or scheme.kv is not None:
         reasons.append(ATTENTION)
-    if any(method.partition(":")[0] == "hadamard" for method in recipe.methods):
+    if any(method.partition(":")[0] in ("hadamard", "rotate") for method in recipe.methods):
         reasons.append(HADAMARD)
     if dtype not in (torch.float32, torch.float64):
         reasons.append(_rounded_scales(dtype))

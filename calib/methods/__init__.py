@@ -25,7 +25,8 @@ __all__ = [
 def resolve(recipe: Recipe) -> tuple[list[SiteMethod], GPTQ | None]:
     """The recipe's methods as objects: those that solve sites, in order, and the one that rounds weights."""
     given = dict(method.partition(":")[::2] for method in recipe.methods)
-    rotation = Hadamard(given["hadamard"]) if "hadamard" in given else None
+    name = "rotate" if "rotate" in given else "hadamard"
+    rotation = Hadamard(name, given[name]) if name in given else None
     sites: list[SiteMethod] = []
     if "smoothquant" in given:
         sites.append(SmoothQuant(given["smoothquant"]))

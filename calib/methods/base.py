@@ -20,7 +20,7 @@ class SiteView:
 
     lo, hi [n]: extremes over all calibration rows. weight_absmax [n]: over all consumers. objective(shift, hadamard)
     gives two losses of a scale, on few rows and on many. can_shift, can_scale, can_rotate: whether something takes a
-    (z, s), or an online rotation, here.
+    (z, s), or a rotation, here. largest_block: of a rotation; beyond it none is as cheap or as exact.
     """
 
     name: str
@@ -32,6 +32,7 @@ class SiteView:
     can_scale: bool
     objective: Callable[[Tensor | None, int], tuple[Loss, Loss]]
     can_rotate: bool = False
+    largest_block: int = 128
 
 
 @dataclass(eq=False)

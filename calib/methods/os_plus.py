@@ -17,13 +17,13 @@ from calib.solvers import midpoint, rank_coarse, search_exhaustive, search_fast
 class OSPlus:
     """Observes channel extremes; solves eqs. 5, 8 and 9 of arXiv 2304.09145.
 
-    rotation: the Hadamard block for a width, where the recipe offers one: a site that can be rotated is ranked both
-    ways and keeps the cheaper.
+    rotation: the Hadamard block for a width and a largest block, where the recipe offers one: a site that can be
+    rotated is ranked both ways and keeps the cheaper.
     """
 
     name = "os+"
 
-    def __init__(self, value: str = "", rotation: Callable[[int], int] | None = None) -> None:
+    def __init__(self, value: str = "", rotation: Callable[[int, int], int] | None = None) -> None:
         if value:
             raise InputError(f"os+ takes no value, got {value!r}", "set its options on the recipe")
         self.rotation = rotation
@@ -35,12 +35,16 @@ class OSPlus:
         zero and costs more than it gives.
         """
         shift = midpoint(site.lo, site.hi) if recipe.shift and site.can_shift else None
-        block = self.rotation(len(site.lo)) if self.rotation is not None and site.can_rotate else 1
+        block = 1
+        if self.rotation is not None and site.can_rotate:
+            block = self.rotation(len(site.lo), site.largest_block)
         variants = [_Variant(site, shift)]
         if shift is not None and recipe.shift == "auto":
             variants.append(_Variant(site, None))
         if block > 1:
             variants.append(_Variant(site, None, block))
+            if shift is not None:
+                variants.append(_Variant(site, shift, block))
         scales = bool(recipe.scale) and site.can_scale
         if not scales:
             losses = [v.many(torch.ones_like(v.absmax)) for v in variants]
@@ -80,7 +84,8 @@ class _Variant:
 
     @property
     def name(self) -> str:
-        return "rotated" if self.hadamard > 1 else "plain" if self.shift is None else "shifted"
+        shifted = "plain" if self.shift is None else "shifted"
+        return shifted if self.hadamard == 1 else f"{shifted}, rotated" if self.shift is not None else "rotated"
 
 
 def _variant_losses(variants: list[_Variant], losses: list[float]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from calib.quantizers import AffineSpec, bits_per_weight
 from calib.recipe import Recipe
 from calib.transforms import FoldProducer, FoldTarget, SiteTransform, tolerance_for, undone_on_failure
 
+TRANSFORMING = ("os+", "smoothquant", "hadamard", "rotate")
 Status = Literal["transformed", "quantized", "excluded"]
 
 
@@ -132,13 +133,13 @@ def make_plan(model: nn.Module, recipe: Recipe, batch: Batch, store: Resident | 
             hidden = inputs.hidden[0]
             for i, name in enumerate(stack.names):
                 with store.hold(name):
-                    plan.blocks[name], hidden = _plan_block(model, name, inputs.calls[0][i], hidden, generator)
+                    plan.blocks[name], hidden = _plan_block(model, name, inputs.calls[0][i], hidden, generator, recipe)
     settle(model, found, plan, recipe)
     return plan
 
 
 def _plan_block(
-    model: nn.Module, name: str, call: Call, hidden: Tensor, generator: torch.Generator
+    model: nn.Module, name: str, call: Call, hidden: Tensor, generator: torch.Generator, recipe: Recipe
 ) -> tuple[BlockPlan, Tensor]:
     """A block's sites, each fold proven on its input, and its output."""
     block = model.get_submodule(name)
@@ -149,6 +150,8 @@ def _plan_block(
     tolerance = tolerance_for(run, hidden, after)
     for site in sites:
         _try_fold(block, site, functools.partial(run, hidden), after, tolerance, generator)
+        if site.kind == "vo" and takes_rotation(site, recipe):
+            _find_head(block, site, functools.partial(run, hidden), after, tolerance)
     return BlockPlan(name, sites), after
 
 
@@ -177,6 +180,21 @@ def _try_fold(
         site.kind, site.producer = "input", None
 
 
+def _find_head(block: nn.Module, site: Site, run: Callable[[], Tensor], before: Tensor, tolerance: float) -> None:
+    """The largest block of a rotation that the producer takes without a change of the output: one within a head."""
+    target = target_of(block, site)
+    for size in (2**k for k in range(7, 0, -1)):
+        if target.runs(size) is None:
+            continue
+        transform = SiteTransform(target)
+        with undone_on_failure(transform, run, tolerance=-1.0, before=before) as error:  # a trial: always undone
+            transform.rotate(size, foldable=True)
+        transform.remove_hooks()
+        if error[0] <= tolerance:
+            site.head = size
+            return
+
+
 def settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe: Recipe) -> None:
     """Give every Linear its entry in the plan. Raises InputError for a rule that matches nothing."""
     site_of = {
@@ -188,7 +206,7 @@ def settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe:
     rules = {rule: re.compile(rule) for rule in recipe.scheme.exclude}
     hits = dict.fromkeys(rules, 0)
     shared = _shared_weights(model)
-    transforming = any(m.partition(":")[0] in ("os+", "smoothquant", "hadamard") for m in recipe.methods)
+    transforming = any(m.partition(":")[0] in TRANSFORMING for m in recipe.methods)
     for name, linear in found.items():
         shape = (linear.out_features, linear.in_features)
         entry = plan.entries[name] = Entry(name, shape, "excluded", bits=8.0 * linear.weight.element_size())
@@ -226,8 +244,8 @@ def planned_fold(site: Site, recipe: Recipe) -> str:
     """What a site's transform will be absorbed by; empty where the recipe leaves the site alone."""
     parts = []
     methods = [m.partition(":")[0] for m in recipe.methods]
-    if "hadamard" in methods and takes_rotation(site):
-        parts.append("online hadamard" + (" or:" if "os+" in methods else ""))
+    if takes_rotation(site, recipe):
+        parts.append("hadamard" + (" or:" if "os+" in methods else ""))
     if ("os+" in methods or "smoothquant" in methods) and site.producer is not None and site.kind in recipe.sites:
         shift = recipe.shift and "os+" in methods and site.producer.shift
         shift = shift and (site.producer.gain is None or site.producer.gain.bias is not None)
@@ -246,9 +264,10 @@ def planned_fold(site: Site, recipe: Recipe) -> str:
     return ", ".join(parts)
 
 
-def takes_rotation(site: Site) -> bool:
-    """True for inputs that no norm feeds, of the second half of an MLP: down_proj, fc2, 4h_to_h."""
-    return site.kind in ("updown", "fc")
+def takes_rotation(site: Site, recipe: Recipe) -> bool:
+    """True where the recipe rotates: every input, or those of the second half of an MLP (down_proj, fc2, 4h_to_h)."""
+    methods = [m.partition(":")[0] for m in recipe.methods]
+    return "rotate" in methods or ("hadamard" in methods and site.kind in ("updown", "fc"))
 
 
 def _check_groups(name: str, shape: tuple[int, int], spec: AffineSpec) -> None:

@@ -50,6 +50,7 @@ class Site:
     context: str | None = None  # module that maps the site's tensor to the inputs of ``stops``
     stops: list[str] = field(default_factory=list)
     note: str = ""  # why no producer absorbs it
+    head: int = 1  # the largest rotation's block that folds between value and output projection, proven
     routers: list[str] = field(default_factory=list)  # consumers whose output chooses experts
 
     @property

@@ -18,7 +18,7 @@ from calib.quantizers.product import LONGEST, int_mm_refusal
 
 CACHED = 1 << 18  # elements treated at a time by a chain of in-place operations
 PRODUCT = 1 << 22  # outputs computed at a time
-RANK_ROWS, RANK_OUTPUTS, RANK_PRODUCTS = 256, 256, 1 << 28
+RANK_ROWS, RANK_OUTPUTS, RANK_PRODUCTS = 256, 128, 1 << 27
 LARGEST = 8  # one in so many rows and outputs of a subsample is there because it is large
 
 
@@ -199,7 +199,7 @@ class LinearObjective:
         return part
 
     def few(self) -> LinearObjective:
-        """The subsample that a search ranks on: 256 rows; for 8-bit weights 256 outputs, or more of narrow ones."""
+        """The subsample that a search ranks on: 256 rows; for 8-bit weights 128 outputs, or more of narrow ones."""
         outputs = max(RANK_OUTPUTS, RANK_PRODUCTS // (RANK_ROWS * self.x.shape[1]))
         return self.sampled(RANK_ROWS, outputs if self.weights.bits == 8 else None)
 

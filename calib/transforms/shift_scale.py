@@ -66,11 +66,18 @@ class SiteTransform:
             self.input.rescale = scale.clone() if old_s is None else old_s * scale
         self._absorb(shift, scale)
 
-    def rotate(self, block: int) -> None:
-        """Put an online block Hadamard on the consumers' input and its inverse into their weights."""
+    def rotate(self, block: int, foldable: bool = False) -> None:
+        """Turn the consumers' input by a block Hadamard, and their weights back.
+
+        foldable: a Linear producer takes it where its channels allow (value projections, by heads), else online.
+        """
         if self.target.features % block:
             raise InputError(f"Hadamard block {block} does not divide {self.target.features}", "choose a divisor")
-        self.input.hadamard = block
+        if foldable and (starts := self.target.runs(block)) is not None and not self.fused:
+            assert self.target.producer is not None
+            self.target.producer.rotate(starts, block)
+        else:
+            self.input.hadamard = block
         with torch.no_grad():
             for consumer in self.target.consumers:
                 consumer.weight.copy_(block_hadamard(consumer.weight, block))

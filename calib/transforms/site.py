@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from calib.nn.hadamard import block_hadamard
+
 
 @dataclass(eq=False)
 class FoldProducer:
@@ -22,6 +24,16 @@ class FoldProducer:
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight.shape[0]
+
+    def rotate(self, starts: Tensor, block: int) -> None:
+        """Turn each run of ``block`` channels that begins at one of starts [k]: a Linear's output rows and bias."""
+        rows = (starts[:, None] + torch.arange(block)).flatten()
+        weight, bias = self.module.weight, getattr(self.module, "bias", None)
+        assert isinstance(weight, Tensor)
+        with torch.no_grad():
+            weight[rows] = block_hadamard(weight[rows].T.contiguous(), block).T
+            if isinstance(bias, Tensor):
+                bias[rows] = block_hadamard(bias[rows], block)
 
     def absorb(self, shift: Tensor | None, scale: Tensor | None) -> None:
         """y <- (y - z) / s in producer channels: subtract before dividing."""
@@ -59,6 +71,17 @@ class FoldTarget:
         index = self.producer.index
         pooled = values.new_zeros(self.producer.channels).scatter_reduce(0, index, values, reduce, include_self=False)
         return pooled[index]
+
+    def runs(self, block: int) -> Tensor | None:
+        """Where in the producer each run of ``block`` of the site's channels begins, [k] without repetition; None where
+        one does not lie there as a whole, in order, apart from the others, or the producer is no Linear.
+        """
+        if self.producer is None or self.producer.offset is not None or self.features % block:
+            return None
+        index = self.producer.index.view(-1, block)
+        starts = index[:, 0].unique()
+        whole = torch.equal(index, index[:, :1] + torch.arange(block))
+        return starts if whole and bool((starts.diff() >= block).all()) else None
 
     def to_producer(self, values: Tensor | None, neutral: float) -> Tensor | None:
         """values [n], equal on tied channels, in producer channels; ``neutral`` where the site takes nothing."""
