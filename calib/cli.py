@@ -71,6 +71,7 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
     max_memory: MaxMemory = None,
+    auto_seconds: Annotated[float, typer.Option(min=0, help="For the trials of method auto; 0: none.")] = 600,
     threads: Threads = None,
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -98,6 +99,7 @@ def quantize(
             verified=verify,
             dtype=_dtype(dtype),
             max_memory=None if max_memory is None else parse_size(max_memory),
+            auto_seconds=auto_seconds,
             progress=not quiet,
             **recipe.arguments(model),
         )

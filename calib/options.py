@@ -30,14 +30,16 @@ def one_of(option: str, value: str, known: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class RecipeOptions:
-    """As typed. None: what the scheme's preset says."""
+    """As typed. None: what the scheme's preset, or method auto, says."""
 
     scheme: Annotated[str, Option(help=f"Number formats: {', '.join(SCHEMES)}.")] = "w8a8-static"
-    method: Annotated[str, Option(help=f"Comma separated, in order: {', '.join(METHODS)}.")] = "os+"
+    method: Annotated[
+        str, Option(help=f"auto (tries the best known), or, comma separated, in order: {', '.join(METHODS)}.")
+    ] = "auto"
     format: Annotated[str, Option(help=f"Of the checkpoint: {', '.join(FORMATS)}.")] = "auto"
-    prefix: Annotated[str, Option(help="Tokens kept before every input in float: auto, none, ids (1,2) or text.")] = (
-        "auto"
-    )
+    prefix: Annotated[
+        str, Option(help="Tokens kept before every input in float: auto (under static grids), on, none, ids, or text.")
+    ] = "auto"
     sites: Annotated[
         str, Option(help="What may be transformed: auto, exact, all, or some of norm,vo,updown,fc,fused.")
     ] = "auto"
@@ -71,6 +73,7 @@ class RecipeOptions:
         "context"
     )
     damp: Annotated[float, Option(min=0.0, help="Damping of gptq, of the mean of its diagonal.")] = 0.01
+    refine: Annotated[int, Option(min=0, help="Steps of learned rounding and clipping for each block; 0: none.")] = 0
     inputs: Annotated[str, Option(help="Calibrate a block on quantized or float outputs of those before it.")] = (
         "quantized"
     )
@@ -93,6 +96,7 @@ class RecipeOptions:
             "objective": one_of("objective", self.objective, ("context", "output")),
             "inputs": one_of("inputs", self.inputs, ("quantized", "float")),
             "damp": self.damp,
+            "refine": self.refine,
             "float_rows": self.float_rows,
             "prefix": _prefix(self.prefix, model),
         }
@@ -155,8 +159,8 @@ def _sites(text: str) -> tuple[str, ...] | None:
 
 
 def _prefix(text: str, model: str) -> str | tuple[int, ...]:
-    """auto, none, token ids, or text, which the model's tokenizer turns into ids."""
-    if text in ("auto", "none"):
+    """auto, on, none, token ids, or text, which the model's tokenizer turns into ids."""
+    if text in ("auto", "on", "none"):
         return text
     parts = text.split(",")
     if all(part.strip().isdecimal() for part in parts):
@@ -166,5 +170,5 @@ def _prefix(text: str, model: str) -> str | tuple[int, ...]:
     if text and tokenizer is None:
         raise InputError(f"prefix {text!r} is text and {model} has no tokenizer", "give ids: --prefix 1")
     if not ids:
-        raise InputError(f"prefix {text!r} has no tokens", "use auto, none, ids (--prefix 1,2) or text")
+        raise InputError(f"prefix {text!r} has no tokens", "use auto, on, none, ids (--prefix 1,2) or text")
     return ids

@@ -68,6 +68,19 @@ def load_model(
     return network, tokenizer if tokenizer is not None else found, store, why
 
 
+def too_large(model: Model) -> str:
+    """Why a model cannot be tried out in memory, beside a copy of itself; empty where it can."""
+    if isinstance(model, nn.Module):
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+    else:
+        from model_zoo import sources
+
+        folder = Path(sources.resolve(model, progress=False).path)
+        size = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # fp32 of what may be bf16
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3
+    return f"the model takes {size >> 20} MiB, more than a third of the memory" if size > room else ""
+
+
 def memory_budget(
     network: nn.Module, store: Resident, recipe: Recipe, dtype: torch.dtype, max_memory: int | None
 ) -> int | None:
@@ -104,7 +117,9 @@ def calibration_tokens(model: nn.Module, tokenizer: Any, data: Any, recipe: Reci
     )
     limit = sequence_limit(config, tokenizer) if config is not None else None
     asked = "seq_len" in recipe.model_fields_set and generative  # only a length asked for may be too long
-    room = len(recipe.prefix) if isinstance(recipe.prefix, tuple) else int(recipe.prefix == "auto" and generative)
+    room = (
+        len(recipe.prefix) if isinstance(recipe.prefix, tuple) else int(recipe.prefix in ("auto", "on") and generative)
+    )
     length = recipe.seq_len if asked or limit is None else min(recipe.seq_len, limit - room)
     return calibration_data(
         data,

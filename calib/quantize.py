@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from calib import prepare
+from calib import auto, prepare
 from calib.data import TokenData, sequence_limit
 from calib.engine import Engine, Journal, PrefixBuilder, choose_prefix
 from calib.errors import CalibError, InputError
@@ -37,7 +37,7 @@ PLAN_TOKENS = 64
 def quantize(
     model: Model,
     scheme: str | Scheme = "w8a8-static",
-    method: str = "os+",
+    method: str = "auto",
     data: str | os.PathLike[str] | Iterable[Any] | None = None,
     out: str | os.PathLike[str] | None = None,
     *,
@@ -48,23 +48,34 @@ def quantize(
     progress: bool = True,
     dtype: torch.dtype = torch.float32,
     max_memory: int | None = None,
+    auto_seconds: float = auto.SECONDS,
     scheme_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> Result:
     """Quantize ``model`` (a name in the zoo, a folder, a hub id, or an nn.Module, which is changed in place).
 
     scheme: a preset name or Scheme; scheme_options change a preset (calib.recipe.scheme). method: ``"os+"``,
-    ``"os+,gptq"``, ``"hadamard,os+"``, ``"smoothquant:0.8"``, ``"rtn"``. data: file, folder, hub id, strings or token
-    dicts; None uses text that needs no network. out: the folder to write; weights then come from the model's files a
-    block at a time, finished blocks are journaled beside it, and the same call goes on where a killed one stopped.
-    max_memory: bytes that the process may take; hidden states that do not fit lie in a file. options: fields of
-    calib.recipe.Recipe (samples, seq_len, seed, sites, prefix, search, shift, scale, inputs, float_rows, batch_size,
-    damp).
+    ``"hadamard,os+,gptq"``, ``"smoothquant:0.8"``, ``"rtn"``, ...; ``"auto"`` tries the recipes known to be good at the
+    scheme on data held out from calibration, for at most auto_seconds, and takes the best (calib.auto). data: file,
+    folder, hub id, strings or token dicts; None uses text that needs no network. out: the folder to write; weights
+    then come from the model's files a block at a time, finished blocks are journaled beside it, and the same call goes
+    on where a killed one stopped. max_memory: bytes that the process may take; hidden states that do not fit lie in a
+    file. options: fields of calib.recipe.Recipe (samples, seq_len, seed, sites, prefix, search, shift, scale, refine,
+    inputs, float_rows, batch_size, damp).
 
     Raises InputError, DataError, ModelError, NumericsError, OutputError, VerifyError: one line each, cause
     and fix.
     """
     started, seconds = time.perf_counter(), dict[str, float]()
+    tried: auto.Tried | None = None
+    if method == "auto":
+        data = data if data is None or isinstance(data, (str, os.PathLike)) else list(data)
+        common = {"tokenizer": tokenizer, "format": format, "dtype": dtype, "progress": progress}
+        with _timed(seconds, "auto"):
+            formats = make_scheme(scheme, **(scheme_options or {}))
+            kept = None if overwrite else out
+            tried = auto.tried(quantize, model, formats, data, kept, auto_seconds, common, options)
+        method, options = tried.candidate.method, {**tried.candidate.options, **options}
     recipe = _recipe(scheme, method, format, dtype, scheme_options, options)
     prepare.join_ranks(model, out)
     progress = progress and ranks.rank() == 0
@@ -83,6 +94,7 @@ def quantize(
     with _timed(seconds, "plan"):
         plan = _plan(network, recipe, tokens, format, store)
         plan.notes += [resident] if resident else []
+        plan.notes += [tried.note] if tried is not None else []
         if out is not None:
             check_out(out, overwrite=overwrite, needed_bytes=prepare.stored_bytes(network, plan))
         prefix = _prefix(network, plan, recipe, tokens, tokenizer)
@@ -120,6 +132,7 @@ def quantize(
             "block_error": outcome.blocks,
             "prefix": list(plan.prefix or ()),
             "notes": plan.notes,
+            **({} if tried is None else {"auto": tried.trials}),
         }
         seconds |= outcome.seconds | {"total": time.perf_counter() - started}
         result = Result(network, tokenizer, recipe, plan, report, seconds, tokens, peak_rss_mib=peak_rss_mib())
@@ -130,13 +143,15 @@ def quantize(
             result.out = Path(out)
         elif out is not None:
             result.save(out, format, overwrite=overwrite, verified=verified)
+    if tried is not None:
+        tried.memory.forget()
     return result
 
 
 def plan(
     model: Model,
     scheme: str | Scheme = "w8a8-static",
-    method: str = "os+",
+    method: str = "auto",
     *,
     tokenizer: Any = None,
     format: Format = "auto",
@@ -153,13 +168,14 @@ def plan(
     tokens = prepare.calibration_tokens(network, tokenizer, None, recipe)
     found = _plan(network, recipe, tokens, format, store)
     found.notes += [resident] if resident else []
+    found.notes += [f"planned as {','.join(recipe.methods)}, the first that auto tries"] if method == "auto" else []
     return found
 
 
 def cost(
     model: Model,
     scheme: str | Scheme = "w8a8-static",
-    method: str = "os+",
+    method: str = "auto",
     *,
     format: Format = "auto",
     dtype: torch.dtype = torch.float32,
@@ -198,8 +214,11 @@ def _recipe(
     """The recipe, refused here for all that is wrong with it by itself."""
     if format not in get_args(Format):
         raise InputError(f"unknown format {format!r}", f"use {', '.join(get_args(Format))}")
-    stock = format == "compressed-tensors"
-    recipe = make_recipe(make_scheme(scheme, **(scheme_options or {})), method, stock, **options)
+    stock, formats = format == "compressed-tensors", make_scheme(scheme, **(scheme_options or {}))
+    if method == "auto":  # planned as what it tries first
+        first = auto.candidates(formats, stock)[0]
+        method, options = first.method, {**first.options, **options}
+    recipe = make_recipe(formats, method, stock, **options)
     resolve(recipe)  # the methods check their values
     if stock and (reasons := compressed.refusals(recipe, dtype)):
         raise InputError(f"compressed-tensors cannot express this: {'; '.join(reasons)}", "use --format calib, or auto")

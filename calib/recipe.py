@@ -12,7 +12,7 @@ from calib.quantizers import AffineSpec
 
 SiteChoice = Literal["norm", "vo", "updown", "fc", "fused"]
 FOLDS: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
-METHODS = ("rtn", "smoothquant", "os+", "hadamard", "rotate", "gptq")
+METHODS = ("rtn", "smoothquant", "awq", "os+", "hadamard", "rotate", "gptq")
 VALUED = ("smoothquant", "hadamard", "rotate")  # methods that take a value, as in smoothquant:0.8
 
 
@@ -73,8 +73,10 @@ class Recipe(_Data):
     shift ``auto`` keeps a site's shift only where it lowers the site's loss, True always shifts, as published.
     objective: os+ judges q, k, v by the attention context and gate, up by their product (``context``), or all by the
     plain output of its linears (``output``).
-    prefix: ``auto`` looks for massive first-token activations under static grids; ``none``; or the token ids.
+    prefix: ``auto`` looks for massive first-token activations under static grids, ``on`` under any; ``none``; or the
+    token ids.
     float_rows: share of rows (the largest) that a static range leaves out and that run in float; 0 is off.
+    refine: steps that learn a block's rounding and clipping from its output error, once it is rounded; 0: off.
     inputs: whether a block is calibrated on what the quantized blocks before it produce, or on float.
     """
 
@@ -85,8 +87,9 @@ class Recipe(_Data):
     scale: bool = True
     search: Literal["fast", "exhaustive"] = "fast"
     objective: Literal["context", "output"] = "context"
-    prefix: Literal["auto", "none"] | tuple[int, ...] = "auto"
+    prefix: Literal["auto", "on", "none"] | tuple[int, ...] = "auto"
     float_rows: float = Field(0.0, ge=0, lt=1)
+    refine: int = Field(0, ge=0)
     inputs: Literal["quantized", "float"] = "quantized"
     samples: int = 128
     seq_len: int = 512

@@ -68,7 +68,7 @@ def view(x: Tensor, w: Tensor, inputs: AffineSpec, weights: AffineSpec, **can: b
         return loss, loss
 
     can = {"can_shift": True, "can_scale": True, **can}
-    return SiteView("site", "norm", lo, hi, w.abs().amax(0), objective=objective, **can)
+    return SiteView("site", "norm", lo, hi, w.abs().amax(0), x.abs().mean(0), objective=objective, **can)
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from calib.model import Call, HiddenList, Plan, is_finite, observing
 from calib.nn import AttentionFormat, QuantLinear, attention_modules
 from calib.recipe import Recipe
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
+from calib.tuning import reconstruct
 
 
 @dataclass(eq=False)
@@ -61,6 +63,7 @@ class BlockCalibration:
         self.tolerance = tolerance_for(functools.partial(given.calls[0].run, block), given.hidden[0], self.before)
         self.record: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []
+        self.floats: dict[str, Tensor] = {}  # transformed weights, kept where they are learned from
 
     def _planned(self, path: str) -> bool:
         return f"{self.name}.{path}" in self.wanted
@@ -92,7 +95,7 @@ class BlockCalibration:
         """The method's (z, s) and rotation of one site."""
         probes = []
         joint = state.site.context is not None and self.recipe.objective == "context"
-        if joint and method.name == "os+" and self.recipe.scheme.inputs is not None:
+        if joint and method.name in ("os+", "awq") and self.recipe.scheme.inputs is not None:
             for count in (1, self.given.probes):
                 probes.append(ContextObjective(self.block, state.site, self.runs[:count], self.given.masks[:count]))
         found = method.solve(state.view(probes), self.recipe)
@@ -168,6 +171,8 @@ class BlockCalibration:
                     **rounded.get(path, {}),
                 )
                 self.block.set_submodule(path, module)
+                if self.recipe.refine:
+                    self.floats[path] = linear.weight.detach()
         self.record[f"{self.name}.{state.target.name}"] = {
             "site": state.site.kind,
             "consumers": state.site.consumers,
@@ -176,6 +181,28 @@ class BlockCalibration:
             **({} if quantizer.scale is None else {"input_scale": float(quantizer.scale)}),
             **state.detail,
         }
+
+    def refine(self, targets: HiddenList) -> None:
+        """Learn rounding and clipping from the block's output error against ``targets``, one hidden state a batch."""
+        found = reconstruct(
+            self.block,
+            self.floats,
+            self.runs_of,
+            targets.__getitem__,
+            self.given.masks,
+            steps=self.recipe.refine,
+            seed=zlib.crc32(self.name.encode()) + self.recipe.seed,
+            held=self.given.probes,
+        )
+        self.floats.clear()
+        if not found.taken:
+            self.notes.append(f"{self.name}: learned rounding did not lower the held-out error, the solver's stays")
+        for record in self.record.values():
+            record["refined"] = [found.before, found.after]
+
+    def runs_of(self, i: int) -> Tensor:
+        """The block's output on batch i."""
+        return self.runs[i]()
 
     def _round(self, linears: Mapping[str, nn.Linear], gram: Tensor | None) -> dict[str, dict[str, Tensor]]:
         """The rounding method's codes for Linears of one input, solved together where no range spans them."""

@@ -72,7 +72,7 @@ def choose_prefix(
                 "use --prefix none; only full-attention decoders can",
             )
         return recipe.prefix, f"prefix: tokens {list(recipe.prefix)}, as asked"
-    if not recipe.scheme.static or not supports_prefix(model):
+    if not (recipe.scheme.static or recipe.prefix == "on") or not supports_prefix(model):
         return (), ""
     ratio, where = first_token_ratio(model, plan, batch)
     if ratio < MASSIVE:

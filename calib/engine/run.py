@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -21,7 +22,7 @@ from calib.engine.memory import release_pages, reuse_pages
 from calib.engine.prefix import PrefixBuilder
 from calib.errors import InputError
 from calib.methods import resolve
-from calib.model import Batch, BlockInputs, Plan, Resident, Stack, capture
+from calib.model import Batch, BlockInputs, HiddenList, Plan, Resident, Stack, capture
 from calib.observers import ranks
 from calib.recipe import Recipe
 
@@ -108,12 +109,14 @@ class Engine:
         self.shards = shards or {}
         self.methods, self.rounding = resolve(recipe)
         self.outcome = Outcome()
+        self._float: HiddenStates | None = None  # what the float model's blocks hand on, where one is learned from it
         self._blocks = plan.block_names()
 
     def run(self, batches: Sequence[Batch]) -> Outcome:
         """Process every stack. The model's planned Linears are QuantLinears afterwards."""
         reuse_pages()
         self._share = share_of(batches, ranks.rank(), ranks.world())
+        learns = self.recipe.refine > 0 and ranks.rank() == 0
         with torch.no_grad(), tqdm(total=len(self._blocks), unit="block", disable=not self.progress) as bar:
             bar.set_description("calibrating")
             for stack in self.plan.stacks:
@@ -122,6 +125,7 @@ class Engine:
                 with self._timed("capture"), self.store.keeping():
                     inputs = capture(self.model, stack, self._share.batches, extra, self._hidden())
                     prefix = self._prefix_inputs(stack)
+                    self._float = self._copied(inputs.hidden) if learns else None
                 for i, name in enumerate(stack.names):
                     if self.journal is not None and name in self.journal.records:
                         self._again(name, i, inputs, prefix, self.journal)
@@ -135,20 +139,29 @@ class Engine:
                     bar.set_postfix_str(self._worst())
         return self.outcome
 
+    def _prime(self, i: int, block: nn.Module, prefix: BlockInputs | None) -> None:
+        """Write the layer's keys and values of the prefix, as the block's weights are now."""
+        if self.prefix is not None and prefix is not None:
+            self.prefix.take(i, block, prefix.calls[0][i], prefix.hidden[0])
+
+    def _copied(self, hidden: HiddenList) -> HiddenStates:
+        copies = self._hidden()
+        for j in range(len(hidden)):
+            copies.append(hidden[j])
+        return copies
+
     def _hidden(self) -> HiddenStates:
         return HiddenStates(self.budget, None if self.journal is None else self.journal.folder)
 
     def _block(self, name: str, i: int, inputs: BlockInputs, prefix: BlockInputs | None) -> HiddenStates | None:
         """All of a block; of a rank but 0 its observing, which all take part in. Float outputs, if they are kept."""
         block = self.model.get_submodule(name)
-
-        def write_prefix() -> None:
-            if self.prefix is not None and prefix is not None:
-                self.prefix.take(i, block, prefix.calls[0][i], prefix.hidden[0])
-
-        given = self._given(i, inputs, write_prefix)
+        given = self._given(i, inputs, functools.partial(self._prime, i, block, prefix))
         with self._timed("probe"):
             work = BlockCalibration(name, block, self.plan, self.recipe, self.rounding, given)
+        if self._float is not None:
+            with self._timed("targets"):
+                self._propagate(block, dataclasses.replace(given, hidden=self._float))
         float_outputs = self._hidden() if self.recipe.inputs == "float" else None
         with self._timed("observe"):
             work.observe(float_outputs)
@@ -167,6 +180,9 @@ class Engine:
                 prefix.hidden[0] = self.prefix.take(i, block, prefix.calls[0][i], prefix.hidden[0])
         with self._timed("weights"):
             work.quantize()
+        if self._float is not None:
+            with self._timed("refine"):
+                work.refine(self._float)
         with self._timed("propagate"), packed(block):
             first = work.runs[0]()
             if float_outputs is None:
@@ -197,9 +213,13 @@ class Engine:
         block = self.model.get_submodule(name)
         given = self._given(i, inputs, lambda: None)
         with self._timed("propagate"):
-            if self.recipe.inputs == "float":
+            if self.recipe.inputs == "float" or self._float is not None:
                 with self.store.hold(name):
-                    self._propagate(block, given)
+                    self._prime(i, block, prefix)
+                    if self._float is not None:
+                        self._propagate(block, dataclasses.replace(given, hidden=self._float))
+                    if self.recipe.inputs == "float":
+                        self._propagate(block, given)
             self._restore(name, i, prefix, journal)
             if self.recipe.inputs == "quantized":
                 with self.store.hold(name), packed(block):

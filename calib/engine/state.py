@@ -114,6 +114,7 @@ class SiteState:
             lo,
             hi,
             torch.stack([torch.maximum(c.weight.amax(0), -c.weight.amin(0)) for c in consumers]).amax(0).detach(),
+            self.target.tie(self.sample.rows.abs().mean(0), "amax"),
             can_shift=self.takes_shift or fused,
             can_scale=self.foldable or fused,
             objective=objective,

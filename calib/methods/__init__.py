@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from calib.methods.awq import AWQ
 from calib.methods.base import ShiftScale, SiteMethod, SiteView, WeightMethod
 from calib.methods.gptq import GPTQ
 from calib.methods.hadamard import Hadamard
@@ -10,6 +11,7 @@ from calib.methods.smoothquant import SmoothQuant
 from calib.recipe import Recipe
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "Hadamard",
     "OSPlus",
@@ -30,6 +32,8 @@ def resolve(recipe: Recipe) -> tuple[list[SiteMethod], GPTQ | None]:
     sites: list[SiteMethod] = []
     if "smoothquant" in given:
         sites.append(SmoothQuant(given["smoothquant"]))
+    if "awq" in given:
+        sites.append(AWQ())
     if "os+" in given:
         sites.append(OSPlus(given["os+"], rotation.block_for if rotation else None))
     elif rotation is not None:

@@ -18,9 +18,9 @@ Loss = Callable[[Tensor], float]
 class SiteView:
     """One site's statistics, as a method sees them; n channels, tied channels already equal.
 
-    lo, hi [n]: extremes over all calibration rows. weight_absmax [n]: over all consumers. objective(shift, hadamard)
-    gives two losses of a scale, on few rows and on many. can_shift, can_scale, can_rotate: whether something takes a
-    (z, s), or a rotation, here. largest_block: of a rotation; beyond it none is as cheap or as exact.
+    lo, hi [n]: extremes over all calibration rows. weight_absmax [n]: over all consumers. mean_abs [n]: of a sample.
+    objective(shift, hadamard) gives two losses of a scale, on few rows and on many. can_shift, can_scale, can_rotate:
+    whether something takes a (z, s), or a rotation, here. largest_block: of a rotation; beyond it none is as cheap.
     """
 
     name: str
@@ -28,6 +28,7 @@ class SiteView:
     lo: Tensor
     hi: Tensor
     weight_absmax: Tensor
+    mean_abs: Tensor
     can_shift: bool
     can_scale: bool
     objective: Callable[[Tensor | None, int], tuple[Loss, Loss]]

@@ -17,15 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from calib.nn import StandsForWeight
 
-class ParameterLinear(nn.Linear):
+
+class ParameterLinear(StandsForWeight, nn.Linear):
     """A Linear that stands where a bare weight stood: F.linear(x, module) runs module(x)."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and isinstance(args[1], cls):
-            return args[1](args[0])
-        return NotImplemented
 
 
 class _WeightUse(TorchFunctionMode):

@@ -22,7 +22,7 @@ from calib.quantizers import AffineSpec, bits_per_weight
 from calib.recipe import Recipe
 from calib.transforms import FoldProducer, FoldTarget, SiteTransform, tolerance_for, undone_on_failure
 
-TRANSFORMING = ("os+", "smoothquant", "hadamard", "rotate")
+TRANSFORMING = ("os+", "smoothquant", "awq", "hadamard", "rotate")
 Status = Literal["transformed", "quantized", "excluded"]
 
 
@@ -246,7 +246,8 @@ def planned_fold(site: Site, recipe: Recipe) -> str:
     methods = [m.partition(":")[0] for m in recipe.methods]
     if takes_rotation(site, recipe):
         parts.append("hadamard" + (" or:" if "os+" in methods else ""))
-    if ("os+" in methods or "smoothquant" in methods) and site.producer is not None and site.kind in recipe.sites:
+    scales = not {"os+", "smoothquant", "awq"}.isdisjoint(methods)
+    if scales and site.producer is not None and site.kind in recipe.sites:
         shift = recipe.shift and "os+" in methods and site.producer.shift
         shift = shift and (site.producer.gain is None or site.producer.gain.bias is not None)
         shift = shift and not (site.kind == "vo" and recipe.scheme.attention is not None)

@@ -238,6 +238,7 @@ def time_terms(
             "prove",
             "weights",
             "propagate",
+            "refine",
             "spill",
             "write",
             "verify",
@@ -278,6 +279,8 @@ def time_terms(
                 ) + COLUMN_CALLS * n * m.call
         seconds["prove"] += 3 * PROBE_ROWS / tokens * float_batch  # before, at the end, its rounding noise
         seconds["propagate"] += batches * packed_batch
+        if recipe.refine:  # a float forward for the targets; then a forward and a backward, of two, a step
+            seconds["refine"] += (batches + 3 * recipe.refine) * float_batch
         # planning runs every block on a few rows once, and once a fold; a prefix is chosen by float forwards
         few = (1 + len(sites)) * PLAN_ROWS + (PREFIX_TRIES * PREFIX_ROWS if scheme.static else 0)
         seconds["plan"] += few / tokens * float_batch

@@ -4,7 +4,7 @@ from calib.nn.activation import ActivationQuantizer
 from calib.nn.attention import AttentionFormat, attention_modules, route_attention
 from calib.nn.describe import describe_linear, linear_group, quant_linear
 from calib.nn.hadamard import best_block, block_hadamard, hadamard_matrix
-from calib.nn.linear import QuantLinear
+from calib.nn.linear import QuantLinear, StandsForWeight
 from calib.nn.prefix import Prefix, StatelessCache
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "AttentionFormat",
     "Prefix",
     "QuantLinear",
+    "StandsForWeight",
     "StatelessCache",
     "attention_modules",
     "best_block",

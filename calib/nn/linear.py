@@ -17,7 +17,21 @@ from calib.quantizers import AffineSpec, decode, encode, pack, packed_width, qpa
 Mode = Literal["packed", "fake", "float"]
 
 
-class QuantLinear(nn.Module):
+class StandsForWeight(nn.Module):
+    """A module that may stand where a bare weight stood: F.linear(x, module) calls it (experts, see model/linears)."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.linear:
+            return NotImplemented
+        given = dict(zip(("input", "weight", "bias"), args, strict=False), **(kwargs or {}))
+        if not isinstance(given["weight"], cls):
+            return NotImplemented
+        y = given["weight"](given["input"])
+        return y if given.get("bias") is None else y + given["bias"]
+
+
+class QuantLinear(StandsForWeight):
     """y = Q_a(x) Q_w(W)^T + b.
 
     Buffers are the checkpoint: ``weight`` int8 [out, in] at 8 bits, else ``weight_packed`` int32 [out,
@@ -163,17 +177,6 @@ class QuantLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kernel": None}  # a copy must not run on the original's buffers
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """F.linear(x, module) calls the module: for experts kept as parameters, see model/linears."""
-        if func is not F.linear:
-            return NotImplemented
-        given = dict(zip(("input", "weight", "bias"), args, strict=False), **(kwargs or {}))
-        if not isinstance(given["weight"], cls):
-            return NotImplemented
-        y = given["weight"](given["input"])
-        return y if given.get("bias") is None else y + given["bias"]
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, weight={self.weight_spec}, mode={self.mode}"

@@ -1,5 +1,6 @@
 """The mathematics: tensors in, tensors out. Knows no modules and no files."""
 
+from calib.solvers.awq import awq_scale, search_power
 from calib.solvers.gptq import gptq
 from calib.solvers.objective import LinearObjective, quantize_input, quantize_weight
 from calib.solvers.os_plus import Search, midpoint, rank_coarse, scale_for, search_exhaustive, search_fast
@@ -8,6 +9,7 @@ from calib.solvers.smoothquant import smoothing_scale
 __all__ = [
     "LinearObjective",
     "Search",
+    "awq_scale",
     "gptq",
     "midpoint",
     "quantize_input",
@@ -16,5 +18,6 @@ __all__ = [
     "scale_for",
     "search_exhaustive",
     "search_fast",
+    "search_power",
     "smoothing_scale",
 ]

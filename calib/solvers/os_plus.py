@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,9 @@ Loss = Callable[[Tensor], float]
 
 @dataclass(frozen=True)
 class Search:
-    """Outcome of a threshold search. curve: (threshold, loss) of every candidate scored, in order."""
+    """Outcome of a search. threshold: the value behind the scale, inf for s = 1; curve: (threshold, loss) of every
+    candidate ranked, in order.
+    """
 
     threshold: float
     scale: Tensor
@@ -78,28 +80,41 @@ def search_fast(
     exact: Loss,
     coarse: Sequence[tuple[float, float]] = (),
     grid: Sequence[float] | None = None,
+) -> Search:
+    """``ranked_search`` of a grid's thresholds (default: ``fast_grid``); coarse: losses that ``rank_coarse`` found."""
+    thresholds = [t for t in (fast_grid(absmax) if grid is None else grid) if t < float(absmax.amax())]
+    return ranked_search(thresholds, lambda t: scale_for(absmax, t), rank, exact, dict(coarse))
+
+
+def ranked_search(
+    values: Sequence[float],
+    scale_of: Callable[[float], Tensor],
+    rank: Loss,
+    exact: Loss,
+    known: Mapping[float, float] | None = None,
     keep: int = 8,
     slack: float = 0.05,
 ) -> Search:
-    """Rank the whole grid (real losses are jagged: neighbours differ by up to 15 %), score the best ranked exactly.
+    """Rank every candidate (real losses are jagged: neighbours differ by up to 15 %), score the best ranked exactly.
 
-    rank, exact: the same objective on few and on many rows. coarse: losses that ``rank_coarse`` found. grid: the
-    candidates (default: ``fast_grid``). At most ``keep`` are scored beside s = 1; after three, those ranked so far back
-    that to win they would have to beat their rank by ``slack`` more than any did yet are left out. The scale returned
-    is never worse than s = 1 on ``exact``.
+    values: one number a candidate, of which ``scale_of`` makes its scale; inf is s = 1. rank, exact: the same objective
+    on few and on many rows. known: ranks that are known. At most ``keep`` are scored beside s = 1; after three, those
+    ranked so far back that to win they would have to beat their rank by ``slack`` more than any did yet are left out.
+    The scale returned is never worse than s = 1 on ``exact``.
     """
-    known = dict(coarse)
-    for t in (float("inf"), *(fast_grid(absmax) if grid is None else grid)):
-        if t not in known:
-            known[t] = rank(scale_for(absmax, t))
-    identity, top = exact(torch.ones_like(absmax)), float(absmax.amax())
+    ones = torch.ones_like(scale_of(values[0])) if values else scale_of(float("inf"))
+    ranks = {**(known or {})}
+    for value in (float("inf"), *values):
+        if value not in ranks:
+            ranks[value] = rank(ones if value == float("inf") else scale_of(value))
+    identity = exact(ones)
     best, luck = (float("inf"), identity), float("inf")
-    for number, t in enumerate(sorted((t for t in known if t < top), key=known.__getitem__)[:keep]):
-        if number >= 3 and known[t] * luck * (1 - slack) > best[1]:
+    for number, value in enumerate(sorted(values, key=ranks.__getitem__)[:keep]):
+        if number >= 3 and ranks[value] * luck * (1 - slack) > best[1]:
             break
-        score = exact(scale_for(absmax, t))
-        luck = min(luck, score / max(known[t], 1e-30))
+        score = exact(scale_of(value))
+        luck = min(luck, score / max(ranks[value], 1e-30))
         if score < best[1]:
-            best = (t, score)
-    curve = tuple(sorted(known.items(), reverse=True))
-    return Search(best[0], scale_for(absmax, best[0]), best[1], identity, curve)
+            best = (value, score)
+    scale = ones if best[0] == float("inf") else scale_of(best[0])
+    return Search(best[0], scale, best[1], identity, tuple(sorted(ranks.items(), reverse=True)))

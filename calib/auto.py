@@ -1,0 +1,249 @@
+"""``method="auto"``: the recipes known to be good at a scheme are tried, and the best on data held out is taken.
+
+Each trial quantizes the whole model on a few of the calibration windows; every other drawn window is set aside and
+judges: next-token loss for language models, squared error of the output against float for encoders. Test data is
+never seen. Order and choice of the candidates come from ``experiments/accuracy``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from calib import prepare
+from calib.errors import CalibError
+from calib.export.files import write_json
+from calib.export.hf import set_mode
+from calib.model import Batch, call_model
+from calib.observers import ranks
+from calib.recipe import Scheme
+from calib.recipe import recipe as make_recipe
+
+SECONDS = 600.0  # for all trials, unless the caller says otherwise
+TRIAL_ROWS, HELD_ROWS = 16, 8  # windows that a trial calibrates on, and that judge it
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method and the recipe options that go with it."""
+
+    method: str
+    options: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return " ".join([self.method, *(f"{key}={value}" for key, value in self.options.items())])
+
+
+def candidates(scheme: Scheme, stock: bool = False) -> list[Candidate]:
+    """What is tried at a scheme, the best known first. stock: only what loads without calib."""
+    bits = scheme.weights.bits if scheme.inputs is None else min(scheme.weights.bits, scheme.inputs.bits)
+    rounding = "" if bits == 8 else ",gptq"
+    if stock:
+        names = ["gptq", "awq,gptq"] if scheme.inputs is None else [f"os+{rounding}", f"smoothquant:0.8{rounding}"]
+        return [Candidate(name, {}) for name in names]
+    if scheme.inputs is None:
+        names = ["rotate,gptq", "gptq", "awq,gptq"]
+    elif bits <= 4:
+        names = ["rotate,os+,gptq", "hadamard,os+,gptq"]
+    else:
+        names = [f"hadamard,os+{rounding}", f"rotate,os+{rounding}", f"os+{rounding}"]
+    return [Candidate(name, {"prefix": "on"}) for name in names]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """loss: on the windows held out; None where the candidate does not fit the model, ``why``."""
+
+    candidate: Candidate
+    loss: float | None
+    seconds: float
+    why: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        found = {"method": self.candidate.method, "options": dict(self.candidate.options), "loss": self.loss}
+        return {**found, "seconds": round(self.seconds, 1), **({"why": self.why} if self.why else {})}
+
+
+def choose(
+    found: Sequence[Candidate],
+    batches: Sequence[Batch],
+    float_model: nn.Module,
+    attempt: Callable[[Candidate, list[Batch]], nn.Module],
+    *,
+    seconds: float = SECONDS,
+    progress: bool = True,
+) -> tuple[Candidate, list[Trial]]:
+    """The candidate with the least loss, and what each gave.
+
+    batches: the drawn calibration data. attempt: quantizes a copy of the model on some of them. Trials stop before one
+    that would not end within ``seconds``; the first candidate is taken where none was tried.
+    """
+    held, taken = split(batches)
+    judge = Judge(float_model, held)
+    trials: list[Trial] = []
+    start = time.perf_counter()
+    longest = 0.0
+    for candidate in tqdm(found, desc="trying recipes", unit="recipe", disable=not progress):
+        begun = time.perf_counter()
+        if begun - start + longest > seconds:
+            break
+        try:
+            loss: float | None = judge(attempt(candidate, taken))
+            why = ""
+        except CalibError as error:  # say, a block that divides no width of this model
+            loss, why = None, error.cause
+        longest = max(longest, time.perf_counter() - begun)
+        trials.append(Trial(candidate, loss, time.perf_counter() - begun, why))
+    judged = [trial for trial in trials if trial.loss is not None]
+    best = min(judged, key=lambda trial: trial.loss or 0.0).candidate if judged else found[0]
+    return best, trials
+
+
+def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Rows held out, one a batch, and batches to calibrate on: every third row is held, in the order drawn."""
+    rows: list[Batch] = [
+        {key: value[i : i + 1] for key, value in batch.items()}
+        for batch in batches
+        for i in range(len(next(iter(batch.values()))))
+    ]
+    if len(rows) < 2:
+        return rows, rows
+    held = rows[1::3][:HELD_ROWS]
+    return held, together([row for i, row in enumerate(rows) if i % 3 != 1][:TRIAL_ROWS])
+
+
+def together(rows: Sequence[Batch], most: int = 4) -> list[Batch]:
+    """Neighbouring rows of one shape as one batch."""
+    groups: list[list[Batch]] = []
+    for row in rows:
+        last = groups[-1] if groups else []
+        if 0 < len(last) < most and all(row[key].shape == value.shape for key, value in last[-1].items()):
+            last.append(row)
+        else:
+            groups.append([row])
+    return [{key: torch.cat([row[key] for row in group]) for key in group[0]} for group in groups]
+
+
+class Judge:
+    """The loss of a model on rows held out; against the float model where there is no next token to predict."""
+
+    def __init__(self, float_model: nn.Module, rows: Sequence[Batch]) -> None:
+        self.rows = rows
+        config = getattr(float_model, "config", None)
+        generates = bool(getattr(float_model, "can_generate", lambda: False)())
+        self.predicts = generates and not getattr(config, "is_encoder_decoder", False)
+        self.wanted = [] if self.predicts else [_output(float_model, row) for row in rows]
+
+    def __call__(self, model: nn.Module) -> float:
+        set_mode(model, "packed")
+        if self.predicts:
+            return sum(self._next_token(_output(model, row), row) for row in self.rows) / len(self.rows)
+        errors = [(_output(model, row) - want).square().sum() for row, want in zip(self.rows, self.wanted, strict=True)]
+        return float(sum(errors) / sum(want.square().sum() for want in self.wanted))
+
+    @staticmethod
+    def _next_token(logits: Tensor, row: Batch) -> float:
+        ids, mask = row["input_ids"][0], row.get("attention_mask")
+        losses = F.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="none")
+        return float(losses.mean() if mask is None else losses[mask[0, 1:].bool()].mean())
+
+
+def _output(model: nn.Module, row: Batch) -> Tensor:
+    """Logits where the model has any, else its last hidden state."""
+    with torch.no_grad():
+        out = call_model(model, row)
+    tensor = out if isinstance(out, Tensor) else out[0]
+    assert isinstance(tensor, Tensor)
+    return tensor.float()
+
+
+class Memory:
+    """A choice kept beside an output, so that a killed run goes on with the same recipe and without new trials."""
+
+    def __init__(self, out: str | os.PathLike[str] | None, key: Mapping[str, Any]) -> None:
+        path = None if out is None else Path(out).expanduser().absolute()
+        self.file = None if path is None else path.parent / f".{path.name}.auto.json"
+        self.key = json.loads(json.dumps(key, default=str))
+
+    def read(self) -> tuple[Candidate, list[dict[str, Any]]] | None:
+        try:
+            kept = json.loads(self.file.read_text(encoding="utf-8")) if self.file is not None else {}
+            if kept.get("key") == self.key:
+                return Candidate(kept["method"], kept["options"]), kept["trials"]
+        except (OSError, ValueError, KeyError, AttributeError):  # none, or one cut short: the trials are run again
+            pass
+        return None
+
+    def write(self, candidate: Candidate, trials: Iterable[Mapping[str, Any]]) -> None:
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            kept = {"key": self.key, "method": candidate.method, "options": dict(candidate.options)}
+            write_json(self.file, {**kept, "trials": list(trials)})
+
+    def forget(self) -> None:
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What ``auto`` came to: the recipe, the trials' records, a line for the plan, where the choice is kept."""
+
+    candidate: Candidate
+    trials: list[dict[str, Any]]
+    note: str
+    memory: Memory
+
+
+def tried(
+    quantize: Callable[..., Any],
+    model: prepare.Model,
+    scheme: Scheme,
+    data: Any,
+    out: str | os.PathLike[str] | None,
+    limit: float,
+    common: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Tried:
+    """Choose a recipe: as the stopped run that writes ``out`` chose it, else by trials of ``quantize``.
+
+    common: keyword arguments of every call; options: those of the recipe that the caller fixed.
+    """
+    stock = common["format"] == "compressed-tensors"
+    found = candidates(scheme, stock)
+    rows = min(int(options.get("samples", 128)), TRIAL_ROWS + HELD_ROWS)
+    recipe = make_recipe(scheme, found[0].method, stock, **{**found[0].options, **options, "samples": rows})
+    prepare.join_ranks(model, out)
+    why = "no time for trials" if limit <= 0 else "several processes" if ranks.world() > 1 else prepare.too_large(model)
+    if why:
+        return Tried(found[0], [], f"auto: {found[0]}, the first candidate, untried ({why})", Memory(None, {}))
+    progress, dtype = common["progress"], common["dtype"]
+    network, tokenizer, _, _ = prepare.load_model(model, common["tokenizer"], dtype, progress, streamed=False)
+    tokens = prepare.calibration_tokens(network, tokenizer, data, recipe)
+    key = {} if isinstance(model, nn.Module) else prepare.fingerprint(model, recipe, tokens, dtype)
+    memory = Memory(out if key else None, key)
+    if (kept := memory.read()) is not None:
+        return Tried(*kept, f"auto: {kept[0]}, as chosen before the run was stopped", memory)
+
+    def attempt(candidate: Candidate, batches: list[Batch]) -> nn.Module:
+        few = {**common, **candidate.options, **options, "samples": rows, "refine": 0, "progress": False}
+        few["tokenizer"] = tokenizer
+        model: nn.Module = quantize(copy.deepcopy(network), scheme, candidate.method, batches, **few).network
+        return model
+
+    best, trials = choose(found, tokens.batches, network, attempt, seconds=limit, progress=progress)
+    records = [trial.as_dict() for trial in trials]
+    memory.write(best, records)
+    shown = ", ".join(f"{t.candidate.method} {'failed' if t.loss is None else format(t.loss, '.5g')}" for t in trials)
+    return Tried(best, records, f"auto: {best}, by its loss on data held out ({shown})", memory)

@@ -1,0 +1,95 @@
+"""method="auto": what is tried, what judges, what is taken, and what a stopped run remembers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import calib
+from calib import auto
+from calib.errors import InputError
+from calib.recipe import SCHEMES, scheme
+from tests.families import batches, build
+
+RUN = {"progress": False, "scheme_options": None}
+
+
+def test_every_scheme_has_candidates_that_its_formats_can_express() -> None:
+    for name in SCHEMES:
+        for stock in (False, True):
+            found = auto.candidates(scheme(name), stock)
+            assert found and len({c.method for c in found}) == len(found)
+            if stock:
+                assert not any(word in c.method for c in found for word in ("hadamard", "rotate"))
+            weight_only = scheme(name).inputs is None
+            assert all(("os+" in c.method or "smoothquant" in c.method) != weight_only for c in found)
+
+
+def test_the_least_held_out_loss_wins_and_each_trial_is_reported() -> None:
+    result = calib.quantize(build("llama"), "w4a8-static", data=batches("llama", 6), progress=False)
+    trials = result.report["auto"]
+    best = min(trials, key=lambda t: t["loss"])
+    assert [t["method"] for t in trials] == [c.method for c in auto.candidates(scheme("w4a8-static"))]
+    assert ",".join(result.recipe.methods) == best["method"]
+    assert any(note.startswith("auto: ") and best["method"] in note for note in result.plan.notes)
+
+
+def test_held_out_rows_take_no_part_in_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = batches("bert", 6, rows=2)
+    held, taken = auto.split(data)
+    rows = [row for batch in taken for row in batch["input_ids"]]
+    assert len(held) == 4 and len(rows) == 8
+    for one in held:
+        assert not any(torch.equal(one["input_ids"][0], row) for row in rows)
+    seen: list[torch.Tensor] = []
+
+    def attempt(candidate: auto.Candidate, given: list[Any]) -> torch.nn.Module:
+        seen.extend(row for batch in given for row in batch["input_ids"])
+        return build("bert")
+
+    _, trials = auto.choose(auto.candidates(scheme("w8a8")), data, build("bert"), attempt, progress=False)
+    assert len(seen) == len(trials) * len(rows)
+    assert all(trial.loss == 0.0 for trial in trials), "against itself an encoder has no error"
+
+
+def test_a_budget_ends_the_trials_and_none_takes_the_first() -> None:
+    first = auto.candidates(scheme("w8a8-static"))[0]
+    found = calib.quantize(build("llama"), data=batches("llama", 4), auto_seconds=0, progress=False)
+    assert ",".join(found.recipe.methods) == first.method and found.report["auto"] == []
+    assert any("untried" in note for note in found.plan.notes)
+
+
+def test_a_candidate_that_the_model_refuses_is_named_and_left_out() -> None:
+    def attempt(candidate: auto.Candidate, given: list[Any]) -> torch.nn.Module:
+        if candidate.method == "b":
+            return build("llama")
+        raise InputError("does not fit", "try another")
+
+    both = [auto.Candidate("a", {}), auto.Candidate("b", {})]
+    best, trials = auto.choose(both, batches("llama", 4), build("llama"), attempt, progress=False)
+    assert best.method == "b" and trials[0].loss is None and trials[0].why == "does not fit"
+
+
+def test_a_stopped_run_goes_on_with_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama").save_pretrained(tmp_path / "model")
+    arguments: dict[str, Any] = {"data": batches("llama", 4), "out": tmp_path / "out", "progress": False}
+    write = calib.engine.Journal.write
+
+    def stop(self: Any, *given: Any, **more: Any) -> None:
+        write(self, *given, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calib.engine.Journal, "write", stop)
+    with pytest.raises((KeyboardInterrupt, calib.CalibError)):
+        calib.quantize(tmp_path / "model", "w8a8-static", verified=False, **arguments)
+    monkeypatch.setattr(calib.engine.Journal, "write", write)
+    kept = list(tmp_path.glob(".out.auto.json"))
+    assert kept, "the choice lies beside the output"
+    monkeypatch.setattr(auto, "choose", lambda *_, **__: pytest.fail("tried again"))
+    result = calib.quantize(tmp_path / "model", "w8a8-static", verified=False, **arguments)
+    assert any("as chosen before" in note for note in result.plan.notes)
+    assert any(note.startswith("resumed: 1") for note in result.plan.notes)
+    assert not list(tmp_path.glob(".out.auto.json")), "nothing is left beside a finished output"

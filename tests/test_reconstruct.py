@@ -1,0 +1,92 @@
+"""Learned rounding: never worse on windows held out, the same bits again, and what it must not touch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import calib
+from calib.nn import ActivationQuantizer, QuantLinear
+from calib.quantizers import AffineSpec
+from calib.tuning import reconstruct
+from calib.tuning.reconstruct import LearnedLinear
+from tests.families import batches, build
+
+SPECS = {
+    "channel": AffineSpec(4),
+    "group": AffineSpec(3, granularity="group", group_size=8),
+    "asymmetric": AffineSpec(4, symmetric=False, granularity="group", group_size=16),
+}
+
+
+def quantized(spec: AffineSpec, inputs: AffineSpec | None = None, seed: int = 0) -> tuple[QuantLinear, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(24, 32, generator=g)
+    quantizer = ActivationQuantizer(inputs, 32)
+    return QuantLinear.from_float(weight, torch.randn(24, generator=g), spec, quantizer), weight
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_it_starts_at_the_codes_that_are_there(name: str) -> None:
+    module, weight = quantized(SPECS[name])
+    spec = SPECS[name]
+    other = (module.codes() + torch.randint(-1, 2, (24, 32))).clamp(spec.qmin, spec.qmax).to(torch.int8)
+    zero = module.weight_zero_point
+    module.set_codes(other, module.weight_scale, torch.zeros(()) if zero is None else zero)
+    x = torch.randn(5, 32)
+    want = module.set_mode("float")(x)
+    learning = LearnedLinear(module, weight)
+    assert torch.allclose(learning(x), want, atol=1e-5), "a solver's codes, not round to nearest"
+    assert torch.equal(learning.learned().codes(), other)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("inputs", [None, AffineSpec(8, symmetric=False, granularity="token", dynamic=True)])
+def test_learned_rounding_lowers_the_error_and_is_exported_as_computed(name: str, inputs: AffineSpec | None) -> None:
+    module, weight = quantized(SPECS[name], inputs)
+    g = torch.Generator().manual_seed(1)
+    mix = torch.randn(32, 32, generator=g)
+    xs = [torch.randn(64, 32, generator=g) @ mix for _ in range(8)]
+    float_layer = nn.Linear(32, 24)
+    float_layer.weight.data, float_layer.bias.data = weight, module.bias.clone()  # type: ignore[union-attr]
+    block = nn.Sequential(module).requires_grad_(False)
+    with torch.no_grad():
+        targets = [float_layer(x) for x in xs]
+    found = reconstruct(
+        block, {"0": weight}, lambda i: block(xs[i]), targets.__getitem__, [None] * 8, steps=60, seed=0, held=1
+    )
+    assert found.taken and found.after < 0.98 * found.before
+    with torch.no_grad():
+        after = float((block(xs[0]) - targets[0]).square().sum(-1).mean())
+    assert after == pytest.approx(found.after)
+    assert isinstance(block[0], QuantLinear) and not any(p.requires_grad for p in block.parameters())
+    codes = block[0].codes()
+    assert int(codes.min()) >= SPECS[name].qmin and int(codes.max()) <= SPECS[name].qmax
+
+
+def test_what_does_not_help_is_undone() -> None:
+    module, weight = quantized(SPECS["channel"])
+    codes, scale = module.codes().clone(), module.weight_scale.clone()
+    xs = [torch.randn(16, 32) for _ in range(8)]
+    block = nn.Sequential(module)
+    with torch.no_grad():
+        targets = [block(x) for x in xs]  # already perfect
+    found = reconstruct(block, {"0": weight}, lambda i: block(xs[i]), targets.__getitem__, [None] * 8, 10, 0)
+    assert not found.taken and found.after >= found.before
+    assert torch.equal(module.codes(), codes) and torch.equal(module.weight_scale, scale)
+
+
+@pytest.mark.parametrize("family, method", [("llama", "gptq"), ("bert", "os+"), ("mixtral", "rtn")])
+def test_refining_is_repeatable_and_never_worse_on_held_out_windows(family: str, method: str) -> None:
+    first, second = (
+        calib.quantize(
+            build(family), "w4a8-static", method, batches(family, 8), refine=12, prefix="none", progress=False
+        )
+        for _ in range(2)
+    )
+    a, b = first.model.state_dict(), second.model.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    refined = [site["refined"] for site in first.report["sites"].values()]
+    kept = {note.split(":")[0] for note in first.report["notes"] if "held-out error" in note}
+    assert (refined and all(after < before for before, after in refined)) or kept
