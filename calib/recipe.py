@@ -12,7 +12,7 @@ from calib.quantizers import AffineSpec
 
 SiteChoice = Literal["norm", "vo", "updown", "fc", "fused"]
 FOLDS: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
-METHODS = ("rtn", "smoothquant", "awq", "os+", "hadamard", "rotate", "gptq")
+METHODS = ("rtn", "smoothquant", "awq", "os+", "hadamard", "rotate", "gptq", "gptaq")
 VALUED = ("smoothquant", "hadamard", "rotate")  # methods that take a value, as in smoothquant:0.8
 
 

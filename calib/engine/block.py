@@ -17,11 +17,15 @@ from calib.engine.context import ContextObjective
 from calib.engine.state import SiteState
 from calib.errors import NumericsError
 from calib.methods import ShiftScale, SiteMethod, WeightMethod
-from calib.model import Call, HiddenList, Plan, is_finite, observing
-from calib.nn import AttentionFormat, QuantLinear, attention_modules
+from calib.model import Call, HiddenList, Plan, Site, is_finite, observing
+from calib.nn import ActivationQuantizer, AttentionFormat, QuantLinear, attention_modules
 from calib.recipe import Recipe
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
 from calib.tuning import reconstruct
+
+
+class Reached(Exception):
+    """Ends a run at the module it was run for."""
 
 
 @dataclass(eq=False)
@@ -54,7 +58,13 @@ class BlockCalibration:
                 raise NumericsError(f"weight {name}.{parameter} holds NaN or inf", "repair the checkpoint")
         self.wanted = {path for path in plan.quantized() if path.startswith(name + ".")}
         self.states = [
-            SiteState(block, site, recipe, whole=all(map(self._planned, site.consumers)), gram=rounding is not None)
+            SiteState(
+                block,
+                site,
+                recipe,
+                whole=all(map(self._planned, site.consumers)),
+                gram=rounding is not None and not self._pairs(site),
+            )
             for site in plan.blocks[name].sites
             if any(map(self._planned, site.consumers))
         ]
@@ -131,11 +141,22 @@ class BlockCalibration:
         if drift > 10 * self.tolerance:
             raise NumericsError(f"the folds of {self.name} changed its output by {drift:.1e}", "report this model")
 
-    def quantize(self) -> None:
-        """Replace every planned Linear by a QuantLinear and set the attention's formats."""
+    def _pairs(self, site: Site) -> bool:
+        """True where rounding compares the site's float and quantized inputs; experts get other rows in each."""
+        return self.rounding is not None and self.rounding.paired and len(site.groups) == 1
+
+    def quantize(self, floats: HiddenList | None = None) -> None:
+        """Replace every planned Linear by a QuantLinear and set the attention's formats.
+
+        floats: the block's inputs in the float model, for a rounding method that is paired.
+        """
+        self.linears: dict[str, nn.Linear] = {}
         for state in self.states:
             self._settle(state)
-            self._quantize_site(state)
+            self._quantize_site(state, floats)
+        for state in self.states:
+            state.transform.remove_hooks()
+        self.linears.clear()
         scheme = self.recipe.scheme
         if scheme.attention is not None or scheme.kv is not None:
             prefix = 0 if self.plan.prefix is None else len(self.plan.prefix)
@@ -152,14 +173,14 @@ class BlockCalibration:
             if entry.status == "transformed":
                 entry.status, entry.reason, entry.fold = "quantized", why, ""
 
-    def _quantize_site(self, state: SiteState) -> None:
+    def _quantize_site(self, state: SiteState, floats: HiddenList | None) -> None:
         quantizer = state.quantizer(self.recipe.scheme.inputs)
-        state.transform.remove_hooks()
+        gram, cross = self._observe_pairs(state, quantizer, floats) if self._pairs(state.site) else (None, None)
         for group, moments in zip(state.site.groups, state.moments, strict=True):
             inside = {
                 p: m for p in group if self._planned(p) and isinstance(m := self.block.get_submodule(p), nn.Linear)
             }
-            rounded = self._round(inside, moments.gram)
+            rounded = self._round(inside, moments.gram if gram is None else gram, cross)
             importance = moments.second_moment.float() if moments.count else None
             for path, linear in inside.items():
                 module = QuantLinear.from_float(
@@ -171,6 +192,7 @@ class BlockCalibration:
                     **rounded.get(path, {}),
                 )
                 self.block.set_submodule(path, module)
+                self.linears[path] = linear
                 if self.recipe.refine:
                     self.floats[path] = linear.weight.detach()
         self.record[f"{self.name}.{state.target.name}"] = {
@@ -204,17 +226,71 @@ class BlockCalibration:
         """The block's output on batch i."""
         return self.runs[i]()
 
-    def _round(self, linears: Mapping[str, nn.Linear], gram: Tensor | None) -> dict[str, dict[str, Tensor]]:
+    def _observe_pairs(
+        self, state: SiteState, quantizer: ActivationQuantizer, floats: HiddenList | None
+    ) -> tuple[Tensor, Tensor]:
+        """X'^T X' and X^T X' [n, n] fp32: X the transformed rows that the float model feeds the site, X' those that the
+        quantized blocks and sites before it do, on the site's own grid. Where a router chooses the rows, X is X'.
+        """
+        assert floats is not None
+        path, n = state.site.groups[0][0], state.site.features
+        gram, cross = torch.zeros(n, n), torch.zeros(n, n)
+        for j, (call, mask) in enumerate(zip(self.given.calls, self.given.masks, strict=True)):
+            with self._unquantized():
+                x = self._input_of(path, functools.partial(call.run, self.block, floats[j]))
+            got = quantizer.on_grid(self._input_of(path, self.runs[j]).float())
+            tokens = self.given.hidden[j].shape[:2].numel()
+            x, got = x.float().flatten(0, -2), got.flatten(0, -2)
+            if len(x) != tokens or len(got) != tokens:  # rows routed to an expert: others in each network
+                x = got
+            elif mask is not None:
+                x, got = x[mask.flatten()], got[mask.flatten()]
+            gram.addmm_(got.T, got)
+            cross.addmm_(x.T, got)
+        return gram, cross
+
+    def _input_of(self, path: str, run: Callable[[], Tensor]) -> Tensor:
+        """What a Linear takes, behind its transforms, in a run that ends there."""
+        taken: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+            taken.append(args[0])
+            raise Reached
+
+        handle = self.block.get_submodule(path).register_forward_pre_hook(stop)
+        try:
+            run()
+        except Reached:
+            pass
+        finally:
+            handle.remove()
+        return taken[0]
+
+    @contextmanager
+    def _unquantized(self) -> Iterator[None]:
+        """The block with its float Linears, transformed, in their places inside."""
+        modules = {path: self.block.get_submodule(path) for path in self.linears}
+        for path, linear in self.linears.items():
+            self.block.set_submodule(path, linear)
+        try:
+            yield
+        finally:
+            for path, module in modules.items():
+                self.block.set_submodule(path, module)
+
+    def _round(
+        self, linears: Mapping[str, nn.Linear], gram: Tensor | None, cross: Tensor | None = None
+    ) -> dict[str, dict[str, Tensor]]:
         """The rounding method's codes for Linears of one input, solved together where no range spans them."""
         if self.rounding is None or gram is None or not linears:
             return {}
         spec, method = self.recipe.scheme.weights, self.rounding
         weights = [linear.weight.detach() for linear in linears.values()]
         if spec.granularity == "tensor":
-            solved = [method.quantize(w, gram, spec, self.recipe) for w in weights]
+            solved = [method.quantize(w, gram, spec, self.recipe, cross) for w in weights]
         else:
             sizes = [len(w) for w in weights]
-            together = method.quantize(torch.cat(weights), gram, spec, self.recipe)
+            together = method.quantize(torch.cat(weights), gram, spec, self.recipe, cross)
             solved = list(zip(*(part.split(sizes) for part in together), strict=True))
         return {
             path: {"codes": codes.contiguous(), "scale": scale, "zero_point": zero}

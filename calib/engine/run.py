@@ -116,7 +116,10 @@ class Engine:
         """Process every stack. The model's planned Linears are QuantLinears afterwards."""
         reuse_pages()
         self._share = share_of(batches, ranks.rank(), ranks.world())
-        learns = self.recipe.refine > 0 and ranks.rank() == 0
+        paired = self.rounding is not None and self.rounding.paired
+        if paired and ranks.world() > 1:
+            raise InputError(f"{self.rounding.name} runs in one process", "use method gptq, or run without torchrun")  # type: ignore[union-attr]
+        floats = (self.recipe.refine > 0 or paired) and ranks.rank() == 0
         with torch.no_grad(), tqdm(total=len(self._blocks), unit="block", disable=not self.progress) as bar:
             bar.set_description("calibrating")
             for stack in self.plan.stacks:
@@ -125,7 +128,7 @@ class Engine:
                 with self._timed("capture"), self.store.keeping():
                     inputs = capture(self.model, stack, self._share.batches, extra, self._hidden())
                     prefix = self._prefix_inputs(stack)
-                    self._float = self._copied(inputs.hidden) if learns else None
+                    self._float = self._copied(inputs.hidden) if floats else None
                 for i, name in enumerate(stack.names):
                     if self.journal is not None and name in self.journal.records:
                         self._again(name, i, inputs, prefix, self.journal)
@@ -159,9 +162,11 @@ class Engine:
         given = self._given(i, inputs, functools.partial(self._prime, i, block, prefix))
         with self._timed("probe"):
             work = BlockCalibration(name, block, self.plan, self.recipe, self.rounding, given)
-        if self._float is not None:
+        targets = self._hidden() if self._float is not None else None
+        if self._float is not None and targets is not None:
             with self._timed("targets"):
-                self._propagate(block, dataclasses.replace(given, hidden=self._float))
+                for j, call in enumerate(given.calls):
+                    targets.append(call.run(block, self._float[j]))
         float_outputs = self._hidden() if self.recipe.inputs == "float" else None
         with self._timed("observe"):
             work.observe(float_outputs)
@@ -179,10 +184,11 @@ class Engine:
             if self.prefix is not None and prefix is not None:
                 prefix.hidden[0] = self.prefix.take(i, block, prefix.calls[0][i], prefix.hidden[0])
         with self._timed("weights"):
-            work.quantize()
-        if self._float is not None:
+            work.quantize(self._float)
+        if self.recipe.refine and targets is not None:
             with self._timed("refine"):
-                work.refine(self._float)
+                work.refine(targets)
+        self._float = targets
         with self._timed("propagate"), packed(block):
             first = work.runs[0]()
             if float_outputs is None:

@@ -38,4 +38,4 @@ def resolve(recipe: Recipe) -> tuple[list[SiteMethod], GPTQ | None]:
         sites.append(OSPlus(given["os+"], rotation.block_for if rotation else None))
     elif rotation is not None:
         sites.append(rotation)
-    return sites, GPTQ(given["gptq"]) if "gptq" in given else None
+    return sites, next((GPTQ(name) for name in ("gptaq", "gptq") if name in given), None)

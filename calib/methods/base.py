@@ -55,10 +55,13 @@ class SiteMethod(Protocol):
 
 
 class WeightMethod(Protocol):
-    """Rounds weight [m, n]; gram [n, n] is X^T X of its input. Codes, scale, zero point."""
+    """Rounds weight [m, n]; gram [n, n] is X^T X of its input, cross X_float^T X where it is ``paired``. Codes, scale,
+    zero point.
+    """
 
     name: str
+    paired: bool
 
     def quantize(
-        self, weight: Tensor, gram: Tensor, spec: AffineSpec, recipe: Recipe
+        self, weight: Tensor, gram: Tensor, spec: AffineSpec, recipe: Recipe, cross: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]: ...

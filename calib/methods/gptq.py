@@ -10,12 +10,16 @@ from calib.solvers import gptq
 
 
 class GPTQ:
-    """Observes the Gram matrix of every site; its statistics are moved through the folds, not collected again."""
+    """``gptq`` observes the Gram matrix of every site; its statistics are moved through the folds, not collected again.
 
-    name = "gptq"
+    ``gptaq`` (paired) rounds against what the quantized model feeds each linear and what the float model would have:
+    a block's sites are then observed once more, one after the other, each behind those quantized before it.
+    """
 
-    def __init__(self, value: str = "") -> None:
-        del value
+    def __init__(self, name: str = "gptq") -> None:
+        self.name, self.paired = name, name == "gptaq"
 
-    def quantize(self, weight: Tensor, gram: Tensor, spec: AffineSpec, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
-        return gptq(weight, gram, spec, damp=recipe.damp)
+    def quantize(
+        self, weight: Tensor, gram: Tensor, spec: AffineSpec, recipe: Recipe, cross: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return gptq(weight, gram, spec, damp=recipe.damp, cross=cross)

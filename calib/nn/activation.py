@@ -86,11 +86,14 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized, transformed x; dtype of x."""
-        t = self.transformed(x)
-        if self.spec is None or x.numel() == 0:
-            return t.to(x.dtype)
+        return self.on_grid(self.transformed(x)).to(x.dtype)
+
+    def on_grid(self, t: Tensor) -> Tensor:
+        """Fake-quantized t, which is transformed already."""
+        if self.spec is None or t.numel() == 0:
+            return t
         q = fake_quantize(t, *self.qparams_for(t), self.spec)
-        return (torch.where(self.outside(t).unsqueeze(-1), t, q) if self.watches_rows else q).to(x.dtype)
+        return torch.where(self.outside(t).unsqueeze(-1), t, q) if self.watches_rows else q
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActivationQuantizer:
         apply_keeping_dtypes(self, fn, recurse, ("scale", "shift", "rescale"))

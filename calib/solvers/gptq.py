@@ -27,14 +27,23 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
 
 
 def gptq(
-    weight: Tensor, gram: Tensor, spec: AffineSpec, damp: float = 0.01, act_order: bool = True
+    weight: Tensor,
+    gram: Tensor,
+    spec: AffineSpec,
+    damp: float = 0.01,
+    act_order: bool = True,
+    cross: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [m, n], scale, zero point (shaped as ``weight_range``'s) of weight [m, n]; gram [n, n]: inputs' X^T X.
 
     Scales come from the weight before rounding (groups too, so that columns may be taken in any order); act_order takes
-    columns by falling energy. Columns without energy are rounded to nearest.
+    columns by falling energy. Columns without energy are rounded to nearest. cross [n, n]: X^T X', of the inputs X that
+    the float model gives and X', whose Gram matrix ``gram`` then is, that the quantized one will: what is rounded is
+    then the weight that on X' comes nearest to the float output (asymmetric calibration; GPTAQ, arXiv 2504.02692).
     """
     n = weight.shape[1]
+    if cross is not None:
+        weight = towards(weight, gram, cross, damp)
     energy = gram.diagonal().clone()
     scale, zero_point = qparams(*weight_range(weight, spec, energy / energy.mean().clamp(min=1e-12)), spec)
     column_scale, column_zero = _per_column(scale, spec, n), _per_column(zero_point.float(), spec, n)
@@ -60,6 +69,21 @@ def gptq(
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result.to(torch.int8), scale, zero_point
+
+
+def towards(weight: Tensor, gram: Tensor, cross: Tensor, damp: float) -> Tensor:
+    """W' [m, n] with the least |W X^T - W' X'^T|^2 + damp mean(diag H) |W' - W|^2: W + W (C - H) (H + damp mean I)^-1.
+
+    gram H = X'^T X', cross C = X^T X'.
+    """
+    hessian = gram.double()
+    mean = hessian.diagonal().mean().clamp(min=1e-12)
+    damped = hessian + damp * mean * torch.eye(len(hessian), dtype=torch.float64, device=gram.device)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed) or not bool(torch.isfinite(cross).all()):
+        raise NumericsError("the Gram matrix of a site cannot be factored", "use more calibration rows, or method gptq")
+    drift = weight.double() @ (cross.double() - hessian)
+    return (weight.double() + torch.cholesky_solve(drift.T, lower).T).to(weight.dtype)
 
 
 def _per_column(values: Tensor, spec: AffineSpec, n: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.nn import QuantLinear, StandsForWeight
-from calib.quantizers import fake_quantize, grouped
+from calib.quantizers import grouped
 
 INSIDE = 0.49  # how far from its code a weight may lie at the start
 FACTORS = (0.7, 1.2)  # of a scale
@@ -78,13 +78,10 @@ def _quantized(module: QuantLinear, x: Tensor) -> Tensor:
     if quantizer.spec is None:
         return moved
     with torch.no_grad():
-        scale, zero = quantizer.qparams_for(moved)
-        got = fake_quantize(moved, scale, zero, quantizer.spec)
-    if quantizer.watches_rows:
-        got = torch.where(quantizer.outside(moved).unsqueeze(-1), moved, got)
+        got = quantizer.on_grid(moved)
     if quantizer.scale is None:
         return moved + (got - moved).detach()
-    inside = (moved - got).detach().abs() <= scale
+    inside = (moved - got).detach().abs() <= quantizer.scale
     return torch.where(inside, moved, got) + torch.where(inside, got - moved, 0.0).detach()
 
 
