@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from calib.data import TokenData, calibration_data, sequence_limit
+from calib.data import Like, TokenData, calibration_data, generate_windows, sequence_limit
 from calib.engine import Engine, Journal, PrefixBuilder, choose_prefix
 from calib.errors import CalibError, InputError, ModelError, NumericsError, OutputError
 from calib.evaluate import peak_rss_mib
@@ -37,6 +37,7 @@ from calib.recipe import scheme as make_scheme
 Format = Literal["auto", "calib", "compressed-tensors"]
 Model = str | os.PathLike[str] | nn.Module
 PLAN_TOKENS = 64
+SELF = "self"  # data that the model writes
 
 
 @dataclass
@@ -151,7 +152,7 @@ def quantize(
     model: Model,
     scheme: str | Scheme = "w8a8-static",
     method: str = "os+",
-    data: str | os.PathLike[str] | Iterable[Any] | None = None,
+    data: str | os.PathLike[str] | Iterable[Any] | Like | None = None,
     out: str | os.PathLike[str] | None = None,
     *,
     tokenizer: Any = None,
@@ -168,7 +169,8 @@ def quantize(
 
     scheme: a preset name or Scheme; scheme_options change a preset (calib.recipe.scheme). method: ``"os+"``,
     ``"os+,gptq"``, ``"hadamard,os+"``, ``"smoothquant:0.8"``, ``"rtn"``. data: file, folder, hub id, strings or token
-    dicts; None uses text that needs no network. out: the folder to write; weights then come from the model's files a
+    dicts, ``calib.data.like(target, pool)``, ``"self"`` for windows that the model writes; None uses text that needs no
+    network. out: the folder to write; weights then come from the model's files a
     block at a time, finished blocks are journaled beside it, and the same call goes on where a killed one stopped.
     max_memory: bytes that the process may take; hidden states that do not fit lie in a file. options: fields of
     calib.recipe.Recipe (samples, seq_len, seed, sites, prefix, search, shift, scale, inputs, float_rows, batch_size,
@@ -185,14 +187,16 @@ def quantize(
     if out is not None:
         _check_apart(out, model, data)
         check_out(out, overwrite=overwrite)
-    network, tokenizer, store = _load(model, tokenizer, dtype, progress, streamed=out is not None)
+    # a model that writes its own data runs whole before it is quantized
+    streamed = out is not None and not _is_self(data)
+    network, tokenizer, store = _load(model, tokenizer, dtype, progress, streamed=streamed)
     budget = _budget(network, store, recipe, dtype, max_memory)
     if out is not None:
         checkpoint.require_transformers(network)
     seconds["load"] = time.perf_counter() - started
 
     start = time.perf_counter()
-    tokens = _data(network, tokenizer, data, recipe)
+    tokens = _data(network, tokenizer, data, recipe, progress)
     seconds["data"] = time.perf_counter() - start
 
     start = time.perf_counter()
@@ -420,7 +424,7 @@ def _check_float(name: str, config: Any) -> None:
         raise InputError(f"{name} is quantized already ({method})", "start from the float model")
 
 
-def _data(model: nn.Module, tokenizer: Any, data: Any, recipe: Recipe) -> TokenData:
+def _data(model: nn.Module, tokenizer: Any, data: Any, recipe: Recipe, progress: bool = False) -> TokenData:
     """Windows of running text for generative models, padded sentences for encoders."""
     config = getattr(model, "config", None)
     generative = bool(getattr(model, "can_generate", lambda: False)()) and not getattr(
@@ -430,6 +434,8 @@ def _data(model: nn.Module, tokenizer: Any, data: Any, recipe: Recipe) -> TokenD
     asked = "seq_len" in recipe.model_fields_set and generative  # only a length asked for may be too long
     room = len(recipe.prefix) if isinstance(recipe.prefix, tuple) else int(recipe.prefix == "auto" and generative)
     length = recipe.seq_len if asked or limit is None else min(recipe.seq_len, limit - room)
+    if _is_self(data):
+        data = generate_windows(model, tokenizer, recipe.samples, length, recipe.seed, progress=progress)
     return calibration_data(
         data,
         tokenizer,
@@ -462,6 +468,10 @@ def _check_rotation(plan: Plan, recipe: Recipe) -> None:
         for site in filter(takes_rotation, block.sites):
             if planned.issuperset(f"{name}.{path}" for path in site.consumers):
                 rotation.block_for(site.features)
+
+
+def _is_self(data: Any) -> bool:
+    return isinstance(data, str) and data == SELF
 
 
 def _vocabulary(model: nn.Module) -> int | None:
