@@ -101,7 +101,9 @@ def select(
     if not quiet:
         print(f"{reports.text(figures)}\nwritten to {out}")
     if as_json:
-        print(json.dumps({"out": str(out), **{k: v for k, v in figures.items() if k != "log_weights"}}), flush=True)
+        del figures["log_weights"]
+        figures.get("coverage", {}).pop("linears", None)
+        print(json.dumps({"out": str(out), **figures}), flush=True)
 
 
 def _coverage(model: str, chosen: Selection, windows: int, seq_len: int, *, pack: bool) -> dict[str, Any]:

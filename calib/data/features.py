@@ -8,6 +8,7 @@ of several words learned on the target. Hashes are 64-bit integer arithmetic: th
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +118,7 @@ def ngrams(ids: Array, owner: Array, salt: np.uint64) -> tuple[Array, Array, Arr
 def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Array, Array]:
     """Token ids uint64 [n] of all texts, and the text [n] each belongs to."""
     rows = [row.ids for row in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-    ids = np.fromiter((i for row in rows for i in row), np.uint64, sum(map(len, rows)))
+    ids = np.fromiter(itertools.chain.from_iterable(rows), np.uint64, sum(map(len, rows)))
     return ids, np.repeat(np.arange(len(rows)), [len(row) for row in rows])
 
 

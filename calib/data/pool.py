@@ -40,7 +40,7 @@ class Hub(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """At most a window of one document. `label`: its row's ``label``, or else the source it came from."""
+    """At most a window of one document. `label`: the source it came from, and its row's ``label`` if it has one."""
 
     text: str
     label: str
@@ -101,8 +101,7 @@ class Pool:
             except DataError as error:
                 bad(self.skipped, "rows without text", error)
                 continue
-            label = row.get("label")
-            yield text, name if label is None else str(label)
+            yield text, name if row.get("label") is None else f"{name}: {row['label']}"
 
     def _stretches(self, file: Path) -> Iterator[str]:
         """As many lines of a text file as a piece holds; a longer line alone."""

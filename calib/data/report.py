@@ -24,8 +24,8 @@ def text(report: Mapping[str, Any]) -> str:
     lines = [
         f"chosen: {chosen['pieces']} pieces, {chosen['tokens']} tokens, of {pool['pieces']} ({pool['tokens']} tokens)",
         f"effective sample size {report['effective_sample_size']:.1f} windows, temperature {report['tau']:.3g}",
-        f"KL of the target from the pool {report['kl_target_pool']:.3f} nats, from the chosen "
-        f"{report['kl_target_chosen']:.3f}",
+        f"KL of the target from the pool {report['kl_target_pool']:.3f} nats, from as much drawn evenly "
+        f"{report['kl_target_even']:.3f}, from the chosen {report['kl_target_chosen']:.3f}",
         f"left out: {', '.join(left)}",
         f"{'label':24s} {'pool':>7s} {'drawn':>7s} {'all':>7s}",
     ]
@@ -105,7 +105,7 @@ def figure(report: Mapping[str, Any], path: str | Path) -> None:
         places = [index + 0.27 * (offset - 1) for index in range(len(names))]
         axes[1].bar(places, [report["labels"][name][kind] for name in names], width=0.27, label=label)
     axes[1].set_xticks(range(len(names)), [name[:16] for name in names], rotation=30, ha="right")
-    axes[1].set(ylabel="share", title=f"KL {report['kl_target_pool']:.2f} → {report['kl_target_chosen']:.2f} nats")
+    axes[1].set(ylabel="share", title=f"KL {report['kl_target_even']:.2f} → {report['kl_target_chosen']:.2f} nats")
     axes[1].legend()
     if measured:
         axes[2].plot(sorted(report["coverage"]["linears"].values()))

@@ -141,9 +141,10 @@ def select(
     if draw.drawn < total:
         unit = "tokens" if pack else "texts"
         warnings.warn(f"the pool gives {draw.drawn} of {total} {unit} without repeating itself", stacklevel=2)
-    chosen_bag = np.zeros(buckets, np.int64)
-    for batch in _batches([row["text"] for row in rows]):
-        chosen_bag += np.bincount(counter.count(batch).buckets, minlength=buckets)
+    chosen_bag, even_bag = (
+        sum(map(_Bag(counter), _batches(texts)), np.zeros(buckets, np.int64))
+        for texts in ([row["text"] for row in rows], sample)
+    )
     report = {
         "windows": windows,
         "seq_len": seq_len,
@@ -157,6 +158,7 @@ def select(
         "tau": draw.tau,
         "effective_sample_size": effective / (seq_len if pack else 1),
         "kl_target_pool": divergence(target_bag, pool_bag),
+        "kl_target_even": divergence(target_bag, even_bag),
         "kl_target_chosen": divergence(target_bag, chosen_bag),
         "labels": _labels(rows, source.labels),
         "log_weights": {"pool": scores, "chosen": [round(row["log_weight"], 4) for row in rows]},
