@@ -43,7 +43,7 @@ def generate_windows(
     if not getattr(model, "can_generate", lambda: False)() or getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{type(model).__name__} writes no text", "give calibration text, or use a causal model")
     size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-    begin, special = _special(config, tokenizer)
+    begin, special = _special(config, getattr(model, "generation_config", None), tokenizer)
     # rows beyond the tokenizer only fill the table up and were never trained
     ordinary = size if tokenizer is None else min(size, len(tokenizer))
     starts = torch.tensor([token for token in range(ordinary) if token not in special])
@@ -52,8 +52,9 @@ def generate_windows(
         temperature=temperature,
         top_k=top_k,
         suppress_tokens=sorted({token for token in special if token < size} | set(range(ordinary, size))) or None,
+        top_p=1.0,  # said here, or the model's own defaults would hold
+        repetition_penalty=1.0,
         pad_token_id=int(starts[0]),  # never used: no window ends early
-        eos_token_id=-1,
     )
     device = next(model.parameters()).device
     windows = []
@@ -77,11 +78,14 @@ def generate_windows(
     return windows
 
 
-def _special(config: Any, tokenizer: Any) -> tuple[int | None, set[int]]:
+def _special(config: Any, defaults: Any, tokenizer: Any) -> tuple[int | None, set[int]]:
     """The token a text begins with, and all that are no text."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    special = {token for token in (config.bos_token_id, config.pad_token_id, *ends) if token is not None}
     begin = config.bos_token_id
+    special = {begin, config.pad_token_id}
+    for said in (config, defaults):
+        ends = getattr(said, "eos_token_id", None)
+        special |= set(ends) if isinstance(ends, list) else {ends}
+    special.discard(None)
     if tokenizer is not None:
         special |= set(tokenizer.all_special_ids)
         begin = begin if tokenizer.bos_token_id is None else tokenizer.bos_token_id

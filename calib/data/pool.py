@@ -50,7 +50,8 @@ class Pool:
     """Pieces of at most `size` characters of one or several sources: files, folders, hub ids, or rows and strings.
 
     A text file is cut at line ends, a row's text into equal parts at white space; texts shorter than `size` stay
-    pieces of their own. Bad lines, rows and binary files are counted in `skipped` (of the last pass), by reason.
+    pieces of their own. Bad lines and rows are counted in `skipped`, by reason, and characters in `labels`, both of the
+    last pass.
     """
 
     def __init__(self, source: Source, size: int, *, column: str | None = None, chat: Chat | None = None) -> None:
@@ -75,7 +76,7 @@ class Pool:
                     if part := part.strip():
                         known = label in self.labels or len(self.labels) < _LABELS
                         name = label if known else "others"
-                        self.labels[name] += 1
+                        self.labels[name] += len(part)
                         yield Piece(part, name)
 
     def _texts(self, source: Path | Hub | Iterable[Any]) -> Iterator[tuple[str, str]]:

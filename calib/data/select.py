@@ -313,7 +313,7 @@ def _row(piece: Piece, record: Any, share: str) -> dict[str, Any]:
 
 
 def _labels(rows: Sequence[dict[str, Any]], pool: Counter[str]) -> dict[str, dict[str, float]]:
-    """Per label its share of the pool's pieces, and of the tokens drawn by importance and of all drawn."""
+    """Per label its share of the pool's characters, and of the tokens drawn by importance and of all drawn."""
     drawn = {"importance": [r for r in rows if r["share"] == "importance"], "all": list(rows)}
 
     def share(kind: str, label: str) -> float:
