@@ -282,6 +282,21 @@ def test_pools_of_every_kind_give_the_same_pieces(tmp_path: Path) -> None:
     assert labels == {file.name for file in files}
 
 
+def test_hub_pools_are_streamed_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[bool] = []
+
+    def load(name: str, configuration: str | None, *, split: str, streaming: bool) -> Any:
+        asked.append(streaming)
+        return iter([{"text": text} for text in sentences(NOUNS, 40)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    chosen = select("some/pool", TARGET, windows=2, seq_len=64)
+    assert asked == [True] * 3
+    assert set(chosen.report["labels"]) == {"some/pool"}
+
+
 def test_messages_go_through_the_chat_template(byte_tokenizer: Tokenizer, tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
     chatty = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer.backend_tokenizer, chat_template=template)
@@ -291,7 +306,7 @@ def test_messages_go_through_the_chat_template(byte_tokenizer: Tokenizer, tmp_pa
     for source in (file, rows):
         data = calibration_data(source, chatty, samples=2, seq_len=32)
         assert "[user] question" in chatty.decode(data[0]["input_ids"].flatten())
-        assert select(source, source, chatty, windows=2, seq_len=16).texts[0].startswith("[user] question")
+        assert select(source, source, chatty, windows=2, seq_len=64).texts[0].startswith("[user] question")
         with pytest.raises(DataError, match="messages and the tokenizer has no chat template"):
             calibration_data(source, byte_tokenizer, samples=2, seq_len=16)
     with pytest.raises(DataError, match="chat template cannot take"):
