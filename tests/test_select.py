@@ -228,6 +228,24 @@ def test_the_uniform_share_keeps_the_rest_of_the_pool() -> None:
     assert by_share["uniform"]["given data: things"] >= 10
 
 
+def test_all_may_be_drawn_evenly() -> None:
+    chosen = select(mixed_pool(400), sentences(NOUNS, 30), windows=40, seq_len=16, pack=False, uniform=1.0)
+    assert {row["share"] for row in chosen.rows} == {"uniform"}
+    assert len(chosen.rows) == 40
+
+
+def test_a_pool_that_changes_between_passes_is_noticed() -> None:
+    class Restless(list[str]):
+        passes = 0
+
+        def __iter__(self) -> Any:
+            self.passes += 1
+            return (text.replace(" ", f"{self.passes} ") for text in super().__iter__())
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        select(Restless(sentences(NOUNS, 40)), TARGET, windows=4, seq_len=16)
+
+
 def test_processes_batches_and_order_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, target = mixed_pool(200), sentences(NOUNS, 20)
     one = _chosen(pool, target, 16)

@@ -125,8 +125,10 @@ def select(
         records = _score(source, counter, ratio, processes, file, bar, pack)
         repeated = _drop_repeats(records)
         draw = _Draw(records, seed, total := windows * (seq_len if pack else 1))
+        if not draw.mass:
+            raise DataError("the pool's texts have no tokens", "use the tokenizer that belongs to the model")
         sought = min(SPREAD * total * (1 - uniform), draw.mass / 8)
-        draw.tau, effective = temperature(*_histogram(records), sought)
+        draw.tau, effective = temperature(*_histogram(records), max(sought, 1.0))
         draw.take("importance", total * (1 - uniform))
         draw.take("uniform", total)
         even = set(draw.evenly())
@@ -135,6 +137,8 @@ def select(
             if index in even:
                 sample.append(piece.text)
             if index in draw.shares:
+                if text_hash(piece.text) != records["hash"][index]:
+                    raise DataError("the pool changed while it was read", "run again on files that stay as they are")
                 rows.append(_row(piece, records[index], draw.shares[index]))
         scores = _sample_scores(records)
         pieces_read = len(records)

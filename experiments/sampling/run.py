@@ -266,14 +266,19 @@ def main() -> None:
     settings = {"windows": WINDOWS, "length": LENGTH, "held_out": HELD_OUT, "model": MODEL, "block": BLOCK}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "calib": calib.__version__}
     results: dict[str, Any] = {"settings": settings, "versions": versions, "cells": {}}
-    if file.exists():
-        results = json.loads(file.read_text())
+
+    def stored() -> dict[str, Any]:  # read anew: two runs may fill one table
+        return json.loads(file.read_text()) if file.exists() else results
+
+    results = stored()
     cells = {"purity": purity_cells, "lowrank": lowrank_cells, "loss": loss_cells}[args.part](args.draws)
     for name, work in cells:
         if args.table or name in results["cells"] or args.only not in name:
             continue
         start = time.process_time()
-        results["cells"][name] = {**work(), "cpu_seconds": round(time.process_time() - start, 1)}
+        found = {**work(), "cpu_seconds": round(time.process_time() - start, 1)}
+        results = stored()
+        results["cells"][name] = found
         file.write_text(json.dumps(results, indent=1) + "\n")
         print(name, json.dumps(results["cells"][name])[:160], flush=True)
     if args.part == "purity":
