@@ -22,6 +22,7 @@ import typer
 from safetensors import SafetensorError
 
 import calib
+from calib import cli_data
 from calib.errors import CalibError, DataError, Interrupted, ModelError, NumericsError, OutputError
 from calib.options import RecipeOptions, one_of, with_recipe_options
 from calib.recipe import METHODS, SCHEMES
@@ -37,12 +38,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A name calib info lists, a folder, a .gguf file, a hub id.")
-]
+app.add_typer(cli_data.app, name="data")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name that calib info lists, a folder, .gguf or hub id.")]
 Data = Annotated[
     str | None,
-    typer.Option(help="Text to calibrate on: file, folder or hub id. Default: text that needs no network."),
+    typer.Option(
+        help="Text to calibrate on: file, folder, hub id, or self (the model writes). Default: built-in text."
+    ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows or sentences.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens a window.")]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from calib.data import TokenData, calibration_data, sequence_limit
+from calib.data import TokenData, calibration_data, generate_windows, sequence_limit
 from calib.errors import InputError, ModelError, NumericsError, OutputError
 from calib.export import checkpoint
 from calib.export.load import read_config
@@ -109,7 +109,14 @@ def fingerprint(model: str | os.PathLike[str], recipe: Recipe, tokens: TokenData
     }
 
 
-def calibration_tokens(model: nn.Module, tokenizer: Any, data: Any, recipe: Recipe) -> TokenData:
+def is_self(data: Any) -> bool:
+    """True where the model writes its own data: it then runs, whole, before it is quantized."""
+    return isinstance(data, str) and data == "self"
+
+
+def calibration_tokens(
+    model: nn.Module, tokenizer: Any, data: Any, recipe: Recipe, progress: bool = False
+) -> TokenData:
     """Windows of running text for generative models, padded sentences for encoders."""
     config = getattr(model, "config", None)
     generative = bool(getattr(model, "can_generate", lambda: False)()) and not getattr(
@@ -121,6 +128,8 @@ def calibration_tokens(model: nn.Module, tokenizer: Any, data: Any, recipe: Reci
         len(recipe.prefix) if isinstance(recipe.prefix, tuple) else int(recipe.prefix in ("auto", "on") and generative)
     )
     length = recipe.seq_len if asked or limit is None else min(recipe.seq_len, limit - room)
+    if is_self(data):
+        data = generate_windows(model, tokenizer, recipe.samples, length, recipe.seed, progress=progress)
     return calibration_data(
         data,
         tokenizer,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from calib import auto, prepare
-from calib.data import TokenData, sequence_limit
+from calib.data import Like, TokenData, sequence_limit
 from calib.engine import Engine, Journal, PrefixBuilder, choose_prefix
 from calib.errors import CalibError, InputError
 from calib.evaluate import peak_rss_mib
@@ -38,7 +38,7 @@ def quantize(
     model: Model,
     scheme: str | Scheme = "w8a8-static",
     method: str = "auto",
-    data: str | os.PathLike[str] | Iterable[Any] | None = None,
+    data: str | os.PathLike[str] | Iterable[Any] | Like | None = None,
     out: str | os.PathLike[str] | None = None,
     *,
     tokenizer: Any = None,
@@ -57,11 +57,12 @@ def quantize(
     scheme: a preset name or Scheme; scheme_options change a preset (calib.recipe.scheme). method: ``"os+"``,
     ``"hadamard,os+,gptq"``, ``"smoothquant:0.8"``, ``"rtn"``, ...; ``"auto"`` tries the recipes known to be good at the
     scheme on data held out from calibration, for at most auto_seconds, and takes the best (calib.auto). data: file,
-    folder, hub id, strings or token dicts; None uses text that needs no network. out: the folder to write; weights
-    then come from the model's files a block at a time, finished blocks are journaled beside it, and the same call goes
-    on where a killed one stopped. max_memory: bytes that the process may take; hidden states that do not fit lie in a
-    file. options: fields of calib.recipe.Recipe (samples, seq_len, seed, sites, prefix, search, shift, scale, refine,
-    inputs, float_rows, batch_size, damp).
+    folder, hub id, strings or token dicts, ``calib.data.like(target, pool)``, ``"self"`` for windows that the model
+    writes; None uses text that needs no network. out: the folder to write; weights then come from the model's files a
+    block at a time, finished blocks are journaled beside it, and the same call goes on where a killed one stopped.
+    max_memory: bytes that the process may take; hidden states that do not fit lie in a file. options: fields of
+    calib.recipe.Recipe (samples, seq_len, seed, sites, prefix, search, shift, scale, refine, inputs, float_rows,
+    batch_size, damp).
 
     Raises InputError, DataError, ModelError, NumericsError, OutputError, VerifyError: one line each, cause
     and fix.
@@ -69,7 +70,7 @@ def quantize(
     started, seconds = time.perf_counter(), dict[str, float]()
     tried: auto.Tried | None = None
     if method == "auto":
-        data = data if data is None or isinstance(data, (str, os.PathLike)) else list(data)
+        data = data if data is None or isinstance(data, (str, os.PathLike, Like)) else list(data)
         common = {"tokenizer": tokenizer, "format": format, "dtype": dtype, "progress": progress}
         with _timed(seconds, "auto"):
             formats = make_scheme(scheme, **(scheme_options or {}))
@@ -84,13 +85,13 @@ def quantize(
         check_out(out, overwrite=overwrite)
     with _timed(seconds, "load"):
         network, tokenizer, store, resident = prepare.load_model(
-            model, tokenizer, dtype, progress, streamed=out is not None
+            model, tokenizer, dtype, progress, streamed=out is not None and not prepare.is_self(data)
         )
         budget = prepare.memory_budget(network, store, recipe, dtype, max_memory)
         if out is not None:
             checkpoint.require_transformers(network)
     with _timed(seconds, "data"):
-        tokens = prepare.calibration_tokens(network, tokenizer, data, recipe)
+        tokens = prepare.calibration_tokens(network, tokenizer, data, recipe, progress)
     with _timed(seconds, "plan"):
         plan = _plan(network, recipe, tokens, format, store)
         plan.notes += [resident] if resident else []

@@ -265,7 +265,7 @@ def test_hub_data_streams_only_what_is_needed(byte_tokenizer: Tokenizer, monkeyp
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert calibration_data("wikitext", byte_tokenizer, samples=4, seq_len=64).rows == 4
     assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "train", True)]
-    with pytest.raises(DataError, match="no text column"):
+    with pytest.raises(DataError, match="has no 'words'"):
         hub_module.hub_documents("some/set", chars=10, column="words")
 
     def fail(*_: Any, **__: Any) -> None:

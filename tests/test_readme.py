@@ -50,7 +50,11 @@ def parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     group: Any = typer.main.get_command(cli.app)
     context = group.make_context("calib", list(arguments))
     name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
-    return name, command.make_context(name, rest, parent=context).params
+    inner = command.make_context(name, rest, parent=context)
+    while hasattr(command, "commands"):  # calib data select
+        last, command, rest = command.resolve_command(inner, [*inner._protected_args, *inner.args])
+        name, inner = f"{name} {last}", command.make_context(last, rest, parent=inner)
+    return name, inner.params
 
 
 def test_commands_are_found_in_shell_snippets() -> None:
@@ -62,7 +66,13 @@ def test_commands_are_found_in_shell_snippets() -> None:
 
 def test_wrong_commands_would_be_noticed() -> None:
     assert parsed(["plan", "model", "--sites", "norm"])[1]["sites"] == "norm"
-    for wrong in (["quantise", "model"], ["plan"], ["plan", "model", "--shceme", "w8a8"], ["quantize", "model"]):
+    for wrong in (
+        ["quantise", "model"],
+        ["plan"],
+        ["data", "select", "--pol", "a"],
+        ["plan", "model", "--shceme", "w8a8"],
+        ["quantize", "model"],
+    ):
         with pytest.raises(Exception, match=r"(?i)no such|missing"):
             parsed(wrong)
 
@@ -88,9 +98,8 @@ def test_readme_command_parses(arguments: list[str]) -> None:
 
 def test_options_named_in_the_text_exist() -> None:
     group: Any = typer.main.get_command(cli.app)
-    known = {
-        option for command in group.commands.values() for p in command.params for option in (*p.opts, *p.secondary_opts)
-    }
+    commands = [inner for c in group.commands.values() for inner in (c, *getattr(c, "commands", {}).values())]
+    known = {option for command in commands for p in command.params for option in (*p.opts, *p.secondary_opts)}
     prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
     named = {word for span in re.findall(r"`(--[^`]+)`", prose) for word in span.split() if word.startswith("--")}
     assert named <= known

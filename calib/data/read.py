@@ -1,21 +1,31 @@
-"""Files to text: documents for calibration, labelled sentences and sentence pairs for evaluation."""
+"""Files to text: documents for calibration, labelled sentences and sentence pairs for evaluation.
+
+Rows are read one at a time. What cannot be read is a DataError that names the file; where a counter `skipped` is
+given, as for pools, one bad line is counted under its reason and the rest is read.
+"""
 
 from __future__ import annotations
 
 import csv
-import io
+import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from calib.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".tsv", ".csv", ".parquet")
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "question", "prompt")
+CHAT_COLUMNS = ("messages", "conversations")  # before the others: chat data often repeat their first prompt as text
+LONGEST_LINE = 64 << 20  # bytes of one row; what is longer is no row
 _STS_COLUMNS = 7  # genre, file, year, score, two sentences, and in STS-B's index also a number
 
 PathLike = str | os.PathLike[str]
+Chat = Callable[[list[Any]], str]
+Skipped = Counter[str]
 
 
 def read_text(path: PathLike) -> str:
@@ -40,25 +50,45 @@ def read_text(path: PathLike) -> str:
     return text
 
 
-def read_documents(path: PathLike, column: str | None = None, *, lines: bool = False) -> list[str]:
+def read_documents(
+    path: PathLike, column: str | None = None, *, lines: bool = False, chat: Chat | None = None
+) -> list[str]:
     """The texts in a file, or in every known file below a folder in sorted order.
 
     ``.txt`` is one document, or with `lines` one a line. ``.jsonl``/``.json``, ``.tsv``/``.csv`` (with a
-    header) and ``.parquet`` give one document a row, from `column` or else the first of `TEXT_COLUMNS`
-    they have; an STS-B table gives both its sentences. Blank texts are dropped. Raises DataError naming
-    the file.
+    header) and ``.parquet`` give one document a row, from `column` or else the first of `CHAT_COLUMNS` and
+    `TEXT_COLUMNS` they have; messages become text through `chat` (`chat_of`). An STS-B table gives both its
+    sentences. Blank texts are dropped. Raises DataError naming the file.
     """
     root = Path(path).expanduser()
     if root.is_dir():
-        files = sorted(file for file in root.rglob("*") if file.is_file() and file.suffix in SUFFIXES)
-        if not files:
-            raise DataError(f"folder {root} holds no {', '.join(SUFFIXES)}", "name another folder or a file")
-        return [text for file in files for text in read_documents(file, column, lines=lines)]
-    documents = [text.strip() for text in _documents(root, column, lines)]
+        return [text for file in files_below(root) for text in read_documents(file, column, lines=lines, chat=chat)]
+    documents = [text.strip() for text in _documents(root, column, lines, chat)]
     documents = [text for text in documents if text]
     if not documents:
         raise DataError(f"{root} holds no text", "give a file with text")
     return documents
+
+
+def is_path(name: str) -> bool:
+    """Whether a string is meant as a file or folder, not as a hub id."""
+    marks = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or "\n" in name
+    return marks or not name or Path(name).suffix in SUFFIXES or Path(name).exists()
+
+
+def files_below(root: Path) -> list[Path]:
+    """Every known file below a folder, sorted. Raises DataError when there is none."""
+    files = sorted(file for file in root.rglob("*") if file.is_file() and file.suffix in SUFFIXES)
+    if not files:
+        raise DataError(f"folder {root} holds no {', '.join(SUFFIXES)}", "name another folder or a file")
+    return files
+
+
+def chat_of(tokenizer: Any) -> Chat | None:
+    """What turns messages into text: the tokenizer's chat template, if it has one."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    return functools.partial(tokenizer.apply_chat_template, tokenize=False)
 
 
 def read_labelled(path: PathLike) -> tuple[list[str], list[int]]:
@@ -67,8 +97,8 @@ def read_labelled(path: PathLike) -> tuple[list[str], list[int]]:
     """
     file = Path(path)
     sentences, labels = [], []
-    for number, row in enumerate(_rows(file), start=1):
-        sentence, label = _cell(file, row, None, number), row.get("label")
+    for number, row in enumerate(rows(file), start=1):
+        sentence, label = row_text(row, f"{file} row {number}"), row.get("label")
         if label is None:
             raise DataError(f"{file} row {number} has no label", "name its columns in a header: sentence, label")
         try:
@@ -113,70 +143,145 @@ def _is_pair(cells: Sequence[str]) -> bool:
     return True
 
 
-def _documents(file: Path, column: str | None, lines: bool) -> Iterator[str]:
-    if file.suffix == ".tsv" and _is_pair(read_text(file).split("\n", 1)[0].split("\t")):
+def _documents(file: Path, column: str | None, lines: bool, chat: Chat | None) -> Iterator[str]:
+    if is_pairs(file):
         for pair in zip(*read_pairs(file)[:2], strict=True):
             yield from pair
     elif file.suffix in SUFFIXES and file.suffix != ".txt":
-        for number, row in enumerate(_rows(file, column), start=1):
-            yield _cell(file, row, column, number)
+        for number, row in enumerate(rows(file, column), start=1):
+            yield row_text(row, f"{file} row {number}", column, chat)
     else:  # whatever its name: text is text, and the rest is refused
         text = read_text(file)
         yield from text.split("\n") if lines else (text,)
 
 
-def _cell(file: Path, row: dict[str, object], column: str | None, number: int) -> str:
-    for name in (column,) if column else TEXT_COLUMNS:
+def is_pairs(file: Path) -> bool:
+    """Whether a file is a table in STS-B's form."""
+    return file.suffix == ".tsv" and _is_pair(next(text_lines(file, None), "").split("\t"))
+
+
+def row_text(row: Mapping[str, object], where: str, column: str | None = None, chat: Chat | None = None) -> str:
+    """The text of a row; "" for a blank one. Raises DataError, naming `where`, for a row without text."""
+    for name in (column,) if column else (*CHAT_COLUMNS, *TEXT_COLUMNS):
         if name in row:
             value = row[name]
             if value is None:  # a null in JSON or parquet: blank
                 return ""
+            if isinstance(value, list):
+                return _chat_text(value, where, chat)
             if not isinstance(value, str):
-                raise DataError(f"{file} row {number}: {name!r} is no text", "give a column of text")
+                raise DataError(f"{where}: {name!r} is no text", "give a column of text")
             return value
     wanted = repr(column) if column else f"text column ({', '.join(TEXT_COLUMNS)})"
-    raise DataError(f"{file} row {number} has no {wanted}", f"it has {', '.join(map(str, row)) or 'nothing'}")
+    raise DataError(f"{where} has no {wanted}", f"it has {', '.join(map(str, row)) or 'nothing'}")
 
 
-def _rows(file: Path, column: str | None = None) -> Iterator[dict[str, object]]:
+def _chat_text(messages: list[Any], where: str, chat: Chat | None) -> str:
+    from jinja2 import TemplateError  # what transformers renders templates with
+
+    if chat is None:
+        raise DataError(f"{where} holds messages and the tokenizer has no chat template", "give a column of text")
+    try:
+        return chat(messages)
+    except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+        cause = f"{where}: the chat template cannot take its messages ({str(error)[:120]})"
+        raise DataError(cause, 'write messages as [{"role": "user", "content": "..."}, ...]') from error
+
+
+def rows(file: Path, column: str | None = None, skipped: Skipped | None = None) -> Iterator[dict[str, object]]:
+    """The rows of a ``.parquet``, ``.jsonl``, ``.json``, ``.tsv`` or ``.csv``, read as they are asked for."""
     if file.suffix == ".parquet":
         yield from _parquet_rows(file, column)
     elif file.suffix in (".jsonl", ".json"):
-        yield from _json_rows(file)
+        yield from _json_rows(file, skipped)
     else:
-        yield from _table_rows(file)
+        yield from _table_rows(file, skipped)
 
 
-def _table_rows(file: Path) -> Iterator[dict[str, object]]:
-    text = io.StringIO(read_text(file), newline="")
-    # GLUE's and STS-B's tab-separated tables quote nothing; commas need quotes.
-    table = csv.reader(text) if file.suffix == ".csv" else csv.reader(text, "excel-tab", quoting=csv.QUOTE_NONE)
+def bad(skipped: Skipped | None, reason: str, error: DataError) -> None:
+    """Count what cannot be read, or raise where nothing may be skipped."""
+    if skipped is None:
+        raise error
+    skipped[reason] += 1
+
+
+def text_lines(file: Path, skipped: Skipped | None, part: int = LONGEST_LINE, *, whole: bool = True) -> Iterator[str]:
+    """Lines of a UTF-8 file with their ends, in constant memory.
+
+    A line of more than `part` bytes is bad if `whole`, else it comes in parts. Binary and wrongly encoded lines are
+    bad too.
+    """
     try:
-        header = [name.strip() for name in next(table)]
+        with file.open("rb") as stream:
+            held, number = b"", 1
+            while raw := stream.readline(part):
+                ended, held = raw.endswith(b"\n"), held + raw
+                if not ended and whole and len(raw) == part:
+                    cause, fix = f"{file} line {number} is longer than {part >> 20} MiB", "give one document a line"
+                    bad(skipped, "lines too long", DataError(cause, fix))
+                    while (rest := stream.readline(part)) and not rest.endswith(b"\n"):
+                        pass
+                    held, number = b"", number + 1
+                    continue
+                text, held = _decoded(file, held, number, skipped, cut=not ended and len(raw) == part)
+                number += ended
+                yield text.removeprefix("\ufeff") if number <= 2 else text
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {file}", "check the path") from error
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}", "check its permissions") from error
+
+
+def _decoded(file: Path, raw: bytes, number: int, skipped: Skipped | None, *, cut: bool) -> tuple[str, bytes]:
+    """Text, and the bytes of a character that a cut went through."""
+    if b"\0" in raw:
+        bad(
+            skipped, "binary lines", DataError(f"{file} is binary (line {number})", f"give text: {', '.join(SUFFIXES)}")
+        )
+        return "", b""
+    try:
+        return raw.decode("utf-8"), b""
+    except UnicodeDecodeError as error:
+        if cut and error.end == len(raw) and len(raw) - error.start < 4:
+            return raw[: error.start].decode("utf-8"), raw[error.start :]
+        bad(skipped, "lines not UTF-8", DataError(f"{file} is not UTF-8 (line {number})", "convert it to UTF-8 text"))
+        return "", b""
+
+
+def _table_rows(file: Path, skipped: Skipped | None) -> Iterator[dict[str, object]]:
+    lines = text_lines(file, skipped)
+    # GLUE's and STS-B's tab-separated tables quote nothing; commas need quotes.
+    table = csv.reader(lines) if file.suffix == ".csv" else csv.reader(lines, "excel-tab", quoting=csv.QUOTE_NONE)
+    try:
+        header = [name.strip() for name in next(table, [])]
         for number, cells in enumerate(table, start=1):
             if not cells:
                 continue
             if len(cells) != len(header):
-                counts = f"{len(cells)} columns, its header {len(header)}"
-                raise DataError(f"{file} row {number} has {counts}", "mend the file, or check its delimiter")
+                cause = f"{file} row {number} has {len(cells)} columns, its header {len(header)}"
+                bad(skipped, "rows unlike their header", DataError(cause, "mend the file, or check its delimiter"))
+                continue
             yield dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise DataError(f"{file} is no table: {error}", "check its delimiter and quotes") from error
 
 
-def _json_rows(file: Path) -> Iterator[dict[str, object]]:
-    text = read_text(file)
+def _json_rows(file: Path, skipped: Skipped | None) -> Iterator[dict[str, object]]:
+    fix = 'write one {"text": "..."} a line'
     whole = file.suffix == ".json"
-    try:
-        rows = json.loads(text) if whole else map(json.loads, filter(str.strip, text.split("\n")))
-        for number, row in enumerate([rows] if isinstance(rows, dict) else rows, start=1):
-            if isinstance(row, str):
-                row = {"text": row}
-            if not isinstance(row, dict):
-                raise DataError(f"{file} row {number} is no object", 'write one {"text": "..."} a line')
-            yield row
-    except (json.JSONDecodeError, TypeError) as error:
-        raise DataError(f"{file} is not valid JSON: {error}", 'write one {"text": "..."} a line') from error
+    for number, line in enumerate([read_text(file)] if whole else text_lines(file, skipped), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            bad(skipped, "lines not JSON", DataError(f"{file} is not valid JSON: line {number}: {error}", fix))
+            continue
+        for index, row in enumerate(value if whole and isinstance(value, list) else [value], start=number):
+            if isinstance(row, (str, dict)):
+                yield {"text": row} if isinstance(row, str) else row
+            else:
+                bad(skipped, "rows without text", DataError(f"{file} row {index} is no object", fix))
 
 
 def _parquet_rows(file: Path, column: str | None) -> Iterator[dict[str, object]]:
@@ -187,11 +292,11 @@ def _parquet_rows(file: Path, column: str | None) -> Iterator[dict[str, object]]
         raise DataError(f"there is no file {file}", "check the path")
     try:
         with parquet.ParquetFile(file) as table:
-            names = [column] if column else [*TEXT_COLUMNS, "label"]
+            names = [column, "label"] if column else [*CHAT_COLUMNS, *TEXT_COLUMNS, "label"]
             present = [name for name in names if name in table.schema_arrow.names]
-            if not present:
+            if not set(present) - {"label"}:
                 raise DataError(
-                    f"{file} has no {' or '.join(map(repr, names))}",
+                    f"{file} has no {' or '.join(map(repr, names[:-1]))}",
                     f"it has {', '.join(table.schema_arrow.names)}",
                 )
             for batch in table.iter_batches(columns=present):

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, overload
 
 import torch
@@ -15,14 +14,15 @@ from torch import Tensor
 
 from calib.data.builtin import builtin_documents
 from calib.data.hub import hub_documents
-from calib.data.read import SUFFIXES, TEXT_COLUMNS, read_documents
+from calib.data.read import CHAT_COLUMNS, TEXT_COLUMNS, Chat, chat_of, is_path, read_documents, row_text
+from calib.data.select import Like
 from calib.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, Tensor]
-Data = Union[str, "os.PathLike[str]", Iterable[Any], None]
+Data = Union[str, "os.PathLike[str]", Iterable[Any], Like, None]
 
 _CHARS_PER_TOKEN = 32  # of text to choose from, several times what a token of any tokenizer takes
 _NO_LIMIT = 1_000_000  # tokenizers without a limit say 1e30
@@ -72,7 +72,8 @@ def calibration_data(
     `data` is None (the built-in text, no network), a file or folder (`read_documents`), a hub id
     (``"wikitext"``, ``"id:configuration"``), or an iterable of strings, of rows with a text column, or of
     token dicts (``input_ids`` [T] or [B, T] and, if they like, ``attention_mask`` and further tensors of
-    that shape), which are taken as they come.
+    that shape), which are taken as they come; or `calib.data.like`, which chooses from a pool. Rows of messages
+    become text through the tokenizer's chat template.
 
     With `pack` (language models) the documents are joined by blank lines and tokenized without special
     tokens; windows of exactly `seq_len` are drawn evenly across the text, one from each stretch. Without
@@ -87,7 +88,9 @@ def calibration_data(
     """
     limit = sequence_limit(None, tokenizer) if limit is None else limit
     _check_counts(samples, seq_len, batch_size, limit)
-    source, documents = _load(data, pack, samples, seq_len, column)
+    if isinstance(data, Like):
+        data = data.select(tokenizer, samples, seq_len, seed, pack=pack).texts
+    source, documents = _load(data, pack, samples, seq_len, column, chat_of(tokenizer))
     if not isinstance(documents, list):
         return _describe(source, _as_batches(documents, samples, limit), vocabulary)
     if tokenizer is None:
@@ -156,28 +159,25 @@ def _check_counts(samples: int, seq_len: int, batch_size: int, limit: int | None
 
 
 def _load(
-    data: Data, pack: bool, samples: int, seq_len: int, column: str | None
+    data: Data, pack: bool, samples: int, seq_len: int, column: str | None, chat: Chat | None
 ) -> tuple[str, list[str] | Iterator[Any]]:
     """The data's name with its documents, or with an iterator of token dicts."""
     chars = _CHARS_PER_TOKEN * samples * seq_len
     if data is None:
         return "built-in text", builtin_documents(paragraphs=not pack)
-    if isinstance(data, os.PathLike) or (isinstance(data, str) and _is_path(data)):
-        return str(data), read_documents(data, column, lines=not pack)
+    if isinstance(data, os.PathLike) or (isinstance(data, str) and is_path(data)):
+        return str(data), read_documents(data, column, lines=not pack, chat=chat)
     if isinstance(data, str):
-        return data, hub_documents(data, chars=chars, column=column)
+        return data, hub_documents(data, chars=chars, column=column, chat=chat)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         fix = "give a file, a folder, a hub id, or an iterable of strings or token dicts"
         raise DataError(f"cannot calibrate with a {type(data).__name__}", fix)
-    return _load_iterable(iter(data), chars, column)
+    return _load_iterable(iter(data), chars, column, chat)
 
 
-def _is_path(name: str) -> bool:
-    marks = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or "\n" in name
-    return marks or not name or Path(name).suffix in SUFFIXES or Path(name).exists()
-
-
-def _load_iterable(items: Iterator[Any], chars: int, column: str | None) -> tuple[str, list[str] | Iterator[Any]]:
+def _load_iterable(
+    items: Iterator[Any], chars: int, column: str | None, chat: Chat | None
+) -> tuple[str, list[str] | Iterator[Any]]:
     source = "given data"
     documents: list[str] = []
     held = 0
@@ -186,11 +186,10 @@ def _load_iterable(items: Iterator[Any], chars: int, column: str | None) -> tupl
             if documents:
                 raise DataError("the data mixes strings and token dicts", "give one kind")
             return source, _chain(item, items)
-        if isinstance(item, Mapping):
-            names = (column,) if column else TEXT_COLUMNS
-            item = next((item[name] for name in names if name in item), None)
+        number = len(documents) + 1
+        if isinstance(item, Mapping) and (column or any(name in item for name in (*CHAT_COLUMNS, *TEXT_COLUMNS))):
+            item = row_text(item, f"item {number} of the data", column, chat)
         if not isinstance(item, str):
-            number = len(documents) + 1
             fix = f"give strings, rows with {' or '.join(TEXT_COLUMNS)}, or dicts with input_ids"
             raise DataError(f"item {number} of the data is neither text nor tokens", fix)
         if item := item.strip():
