@@ -18,23 +18,23 @@ from calib.data import TokenData, calibration_data, sequence_limit
 from calib.engine import Engine, Journal, PrefixBuilder, choose_prefix
 from calib.errors import CalibError, InputError, ModelError, NumericsError, OutputError
 from calib.evaluate import peak_rss_mib
-from calib.export import checkpoint, compressed
+from calib.export import checkpoint, compressed, dense
 from calib.export.files import check_out, open_journal, sha256, writing
 from calib.export.hf import set_mode
 from calib.export.load import load, read_config
 from calib.export.streamed import Shards
 from calib.export.streamed import write as write_streamed
 from calib.export.verify import answer, reference_batch, verify
-from calib.methods import Hadamard, resolve
+from calib.methods import Hadamard, low_rank, resolve
 from calib.model import Plan, Resident, is_finite, make_plan, small_batch, takes_rotation
 from calib.model.cost import BUDGET, Cost, estimate, refuse
-from calib.nn import QuantLinear, route_attention
+from calib.nn import changed_linears, route_attention
 from calib.observers import ranks
 from calib.recipe import Recipe, Scheme
 from calib.recipe import recipe as make_recipe
 from calib.recipe import scheme as make_scheme
 
-Format = Literal["auto", "calib", "compressed-tensors"]
+Format = Literal["auto", "calib", "compressed-tensors", "dense"]
 Model = str | os.PathLike[str] | nn.Module
 PLAN_TOKENS = 64
 
@@ -77,8 +77,8 @@ class Result:
         place: what lies at ``out`` is finished. Raises OutputError, VerifyError.
         """
         model = self.model
-        chosen = self._choose(format, compressed.expressible(model))
-        writer = compressed if chosen == compressed.FORMAT else checkpoint
+        chosen = self._choose(format, compressed.expressible(model) if format in ("auto", compressed.FORMAT) else ())
+        writer = {compressed.FORMAT: compressed, dense.FORMAT: dense}.get(chosen, checkpoint)
         finish = self._finisher(model, chosen, verified)
         self.out = writer.save(
             model, self.tokenizer, Path(out), manifest=self._manifest(), overwrite=overwrite, finish=finish
@@ -97,7 +97,9 @@ class Result:
     ) -> None:
         """Make the journal the checkpoint at ``out``: as ``save``, but the blocks are written already."""
         model = checkpoint.require_transformers(self.network)
-        chosen = self._choose(format, compressed.expressible(model, store) if format != "calib" else ())
+        chosen = self._choose(
+            format, compressed.expressible(model, store) if format in ("auto", compressed.FORMAT) else ()
+        )
         self.out = write_streamed(
             journal,
             shards,
@@ -172,7 +174,7 @@ def quantize(
     block at a time, finished blocks are journaled beside it, and the same call goes on where a killed one stopped.
     max_memory: bytes that the process may take; hidden states that do not fit lie in a file. options: fields of
     calib.recipe.Recipe (samples, seq_len, seed, sites, prefix, search, shift, scale, inputs, float_rows, batch_size,
-    damp).
+    damp; keep, max_size, select, rank, factors for low_rank).
 
     Raises InputError, DataError, ModelError, NumericsError, OutputError, VerifyError: one line each, cause
     and fix.
@@ -327,6 +329,11 @@ def _recipe(
     stock = format == "compressed-tensors"
     recipe = make_recipe(make_scheme(scheme, **(scheme_options or {})), method, stock, **options)
     resolve(recipe)  # the methods check their values
+    low_rank(recipe)
+    if recipe.truncates and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("truncation looks at the whole model in one process", "run without torchrun")
+    if format == dense.FORMAT and (reasons := dense.refusals(recipe)):
+        raise InputError(f"a dense checkpoint cannot hold this: {'; '.join(reasons)}", "use --format calib, or auto")
     if stock and (reasons := compressed.refusals(recipe, dtype)):
         raise InputError(f"compressed-tensors cannot express this: {'; '.join(reasons)}", "use --format calib, or auto")
     return recipe
@@ -337,7 +344,7 @@ def _load(
 ) -> tuple[nn.Module, Any, Resident]:
     """The model, its tokenizer, and where its weights are: in its files where that can be, if ``streamed``."""
     if isinstance(model, nn.Module):
-        if any(isinstance(m, QuantLinear) for m in model.modules()):
+        if changed_linears(model):
             raise InputError("the model is quantized already", "start from the float model")
         model = model.eval()
         for parameter in model.parameters():
@@ -514,7 +521,7 @@ def _stored_bytes(model: nn.Module, plan: Plan) -> int:
 
 def _check_done(model: nn.Module, plan: Plan) -> None:
     """Every planned Linear is quantized and no other one is."""
-    done = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    done = changed_linears(model).keys()
     planned = set(plan.quantized())
     if done != planned:
         odd: Sequence[str] = sorted(done ^ planned)

@@ -12,8 +12,8 @@ from calib.quantizers import AffineSpec
 
 SiteChoice = Literal["norm", "vo", "updown", "fc", "fused"]
 FOLDS: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
-METHODS = ("rtn", "smoothquant", "os+", "hadamard", "gptq")
-VALUED = ("smoothquant", "hadamard")  # methods that take a value, as in smoothquant:0.8
+METHODS = ("rtn", "smoothquant", "os+", "hadamard", "gptq", "low_rank")
+VALUED = ("smoothquant", "hadamard", "low_rank")  # methods that take a value, as in smoothquant:0.8
 
 
 class _Data(BaseModel):
@@ -24,7 +24,8 @@ class Scheme(_Data):
     """Number formats. ``exclude``/``include``: regular expressions on full module names of Linears.
 
     attention: format of q, k, v and the probabilities as they enter the attention matmuls; kv: format of the keys and
-    values in the cache. Both dynamic, off by default.
+    values in the cache. Both dynamic, off by default. rounds: False where weights and inputs stay float, for recipes
+    that only truncate.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Scheme(_Data):
     attention: AffineSpec | None = None
     kv: AffineSpec | None = None
     exclude: tuple[str, ...] = ()
+    rounds: bool = True
 
     @property
     def static(self) -> bool:
@@ -62,6 +64,7 @@ SCHEMES: dict[str, Scheme] = {
     "w4a4": Scheme(name="w4a4", weights=_weights(4), inputs=_token(4)),
     "w4a4-static": Scheme(name="w4a4-static", weights=_weights(4), inputs=_tensor(4)),
     "w4a16": Scheme(name="w4a16", weights=GROUP64),
+    "none": Scheme(name="none", weights=_weights(8), rounds=False),
 }
 
 
@@ -76,6 +79,10 @@ class Recipe(_Data):
     prefix: ``auto`` looks for massive first-token activations under static grids; ``none``; or the token ids.
     float_rows: share of rows (the largest) that a static range leaves out and that run in float; 0 is off.
     inputs: whether a block is calibrated on what the quantized blocks before it produce, or on float.
+    keep: low_rank truncates the planned linears to this share of their parameters; max_size: to what makes the whole
+    checkpoint this many bytes. select: which ranks, by gain per parameter over all layers (``global``, where the
+    variant can tell) or the same share of each. rank, factors: of the term that makes up for rounding, where nothing is
+    truncated.
     """
 
     scheme: Scheme
@@ -93,6 +100,15 @@ class Recipe(_Data):
     batch_size: int = 8
     seed: int = 0
     damp: float = Field(0.01, ge=0)
+    keep: float | None = Field(None, gt=0, le=1)
+    max_size: int | None = Field(None, gt=0)
+    select: Literal["auto", "global", "uniform"] = "auto"
+    rank: int = Field(16, ge=1)
+    factors: Literal["float", "int8"] = "float"
+
+    @property
+    def truncates(self) -> bool:
+        return self.keep is not None or self.max_size is not None
 
     @field_validator("methods")
     @classmethod
@@ -191,7 +207,9 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
         given.setdefault("sites", (*FOLDS, "fused"))
     if stock and ("fused" in tuple(given.get("sites", ())) or given.get("prefix", "none") not in ("none", "auto")):  # type: ignore[arg-type]
         raise InputError("a stock format holds neither fused transforms nor a prefix", "use --format calib")
-    if stock:
+    if stock or {"keep", "max_size"} & given.keys():  # ranks are chosen before a prefix would have keys and values
+        if given.get("prefix", "none") not in ("none", "auto"):
+            raise InputError("weights are truncated without a prefix", "use --prefix none")
         given["prefix"] = "none"
     if given.get("float_rows") and not scheme.static:
         raise InputError(
@@ -199,6 +217,7 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
             "choose w8a8-static or the like",
         )
     methods = tuple(part.strip() for part in method.split(",") if part.strip())
+    _check_low_rank(scheme, {name.partition(":")[0] for name in methods}, given, stock)
     try:
         return Recipe(scheme=scheme, methods=methods, **given)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -207,3 +226,17 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
         raise InputError(
             f"option {where}: {first['msg'].removeprefix('Value error, ')}", "see calib quantize --help"
         ) from error
+
+
+def _check_low_rank(scheme: Scheme, methods: set[str], given: dict[str, object], stock: bool) -> None:
+    truncates = {"keep", "max_size"} & given.keys()
+    if "low_rank" not in methods and (odd := truncates | {"select", "rank", "factors"} & given.keys()):
+        raise InputError(f"option {min(odd)} is of low_rank, which is not among the methods", "add low_rank")
+    if truncates == {"keep", "max_size"}:
+        raise InputError("keep and max_size both say how much is kept", "give one")
+    if truncates and {"rank", "factors"} & given.keys():
+        raise InputError("weights are truncated, and rank or factors say how to compensate rounding", "give one")
+    if not scheme.rounds and (not truncates or methods != {"low_rank"}):
+        raise InputError("scheme none rounds nothing, so it can only truncate", "use method low_rank with keep, alone")
+    if stock and "low_rank" in methods:
+        raise InputError("compressed-tensors holds no low-rank factors", "use --format calib, dense, or auto")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from calib.methods.base import ShiftScale, SiteMethod, SiteView, WeightMethod
 from calib.methods.gptq import GPTQ
 from calib.methods.hadamard import Hadamard
+from calib.methods.low_rank import LowRank
 from calib.methods.os_plus import OSPlus
 from calib.methods.smoothquant import SmoothQuant
 from calib.recipe import Recipe
@@ -12,12 +13,14 @@ from calib.recipe import Recipe
 __all__ = [
     "GPTQ",
     "Hadamard",
+    "LowRank",
     "OSPlus",
     "ShiftScale",
     "SiteMethod",
     "SiteView",
     "SmoothQuant",
     "WeightMethod",
+    "low_rank",
     "resolve",
 ]
 
@@ -34,3 +37,9 @@ def resolve(recipe: Recipe) -> tuple[list[SiteMethod], GPTQ | None]:
     elif rotation is not None:
         sites.append(rotation)
     return sites, GPTQ(given["gptq"]) if "gptq" in given else None
+
+
+def low_rank(recipe: Recipe) -> LowRank | None:
+    """The recipe's low-rank method, which works on weights after all sites are solved."""
+    given = dict(method.partition(":")[::2] for method in recipe.methods)
+    return LowRank(recipe, given["low_rank"]) if "low_rank" in given else None

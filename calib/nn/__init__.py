@@ -5,18 +5,24 @@ from calib.nn.attention import AttentionFormat, attention_modules, route_attenti
 from calib.nn.describe import describe_linear, linear_group, quant_linear
 from calib.nn.hadamard import best_block, block_hadamard, hadamard_matrix
 from calib.nn.linear import QuantLinear
+from calib.nn.low_rank import LowRankLinear, changed_linears, float_linear
 from calib.nn.prefix import Prefix, StatelessCache
+from calib.nn.side_branch import SideBranch
 
 __all__ = [
     "ActivationQuantizer",
     "AttentionFormat",
+    "LowRankLinear",
     "Prefix",
     "QuantLinear",
+    "SideBranch",
     "StatelessCache",
     "attention_modules",
     "best_block",
     "block_hadamard",
+    "changed_linears",
     "describe_linear",
+    "float_linear",
     "hadamard_matrix",
     "linear_group",
     "quant_linear",
