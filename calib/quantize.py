@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from calib.data import TokenData, calibration_data, sequence_limit
-from calib.engine import Engine, Journal, PrefixBuilder, choose_prefix
+from calib.engine import Engine, Journal, PrefixBuilder, choose_prefix, trained
 from calib.errors import CalibError, InputError, ModelError, NumericsError, OutputError
 from calib.evaluate import peak_rss_mib
 from calib.export import checkpoint, compressed, dense
@@ -25,7 +26,7 @@ from calib.export.load import load, read_config
 from calib.export.streamed import Shards
 from calib.export.streamed import write as write_streamed
 from calib.export.verify import answer, reference_batch, verify
-from calib.methods import Hadamard, low_rank, resolve
+from calib.methods import Hadamard, basel, low_rank, resolve
 from calib.model import Plan, Resident, is_finite, make_plan, small_batch, takes_rotation
 from calib.model.cost import BUDGET, Cost, estimate, refuse
 from calib.nn import changed_linears, route_attention
@@ -174,7 +175,8 @@ def quantize(
     block at a time, finished blocks are journaled beside it, and the same call goes on where a killed one stopped.
     max_memory: bytes that the process may take; hidden states that do not fit lie in a file. options: fields of
     calib.recipe.Recipe (samples, seq_len, seed, sites, prefix, search, shift, scale, inputs, float_rows, batch_size,
-    damp; keep, max_size, select, rank, factors for low_rank).
+    damp; keep, max_size, select, rank, factors for low_rank; steps, lr, new_bases
+    for basel).
 
     Raises InputError, DataError, ModelError, NumericsError, OutputError, VerifyError: one line each, cause
     and fix.
@@ -187,7 +189,8 @@ def quantize(
     if out is not None:
         _check_apart(out, model, data)
         check_out(out, overwrite=overwrite)
-    network, tokenizer, store = _load(model, tokenizer, dtype, progress, streamed=out is not None)
+    training = basel(recipe)
+    network, tokenizer, store = _load(model, tokenizer, dtype, progress, streamed=out is not None and training is None)
     budget = _budget(network, store, recipe, dtype, max_memory)
     if out is not None:
         checkpoint.require_transformers(network)
@@ -213,6 +216,19 @@ def quantize(
         route_attention(network)
     seconds["plan"] = time.perf_counter() - start
 
+    if training is not None:
+        start = time.perf_counter()
+        folder = None if out is None else Path(out).expanduser().absolute().parent / f".{Path(out).name}.tuning"
+        report = trained(network, plan, training, tokens.batches, folder=folder, progress=progress)
+        seconds["train"] = time.perf_counter() - start
+        network.calib_rewrites = plan.rewrites  # type: ignore[assignment]
+        _check_done(network, plan)
+        result = Result(network, tokenizer, recipe, plan, {**report, "notes": plan.notes}, seconds, tokens)
+        seconds["total"] = time.perf_counter() - started
+        if out is not None:
+            result.save(out, format, overwrite=overwrite, verified=verified)
+            shutil.rmtree(folder, ignore_errors=True)  # type: ignore[arg-type]
+        return result
     blocks = [name for stack in plan.stacks for name in stack.names]
     journal, shards = None, None
     if out is not None and not isinstance(model, nn.Module):
@@ -330,6 +346,7 @@ def _recipe(
     recipe = make_recipe(make_scheme(scheme, **(scheme_options or {})), method, stock, **options)
     resolve(recipe)  # the methods check their values
     low_rank(recipe)
+    basel(recipe)
     if recipe.truncates and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("truncation looks at the whole model in one process", "run without torchrun")
     if format == dense.FORMAT and (reasons := dense.refusals(recipe)):

@@ -12,8 +12,8 @@ from calib.quantizers import AffineSpec
 
 SiteChoice = Literal["norm", "vo", "updown", "fc", "fused"]
 FOLDS: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
-METHODS = ("rtn", "smoothquant", "os+", "hadamard", "gptq", "low_rank")
-VALUED = ("smoothquant", "hadamard", "low_rank")  # methods that take a value, as in smoothquant:0.8
+METHODS = ("rtn", "smoothquant", "os+", "hadamard", "gptq", "low_rank", "basel")
+VALUED = ("smoothquant", "hadamard", "low_rank", "basel")  # methods that take a value, as in smoothquant:0.8
 
 
 class _Data(BaseModel):
@@ -82,7 +82,7 @@ class Recipe(_Data):
     keep: low_rank truncates the planned linears to this share of their parameters; max_size: to what makes the whole
     checkpoint this many bytes. select: which ranks, by gain per parameter over all layers (``global``, where the
     variant can tell) or the same share of each. rank, factors: of the term that makes up for rounding, where nothing is
-    truncated.
+    truncated. steps, lr, new_bases: basel's, half of the steps for importances and half for factors.
     """
 
     scheme: Scheme
@@ -105,6 +105,9 @@ class Recipe(_Data):
     select: Literal["auto", "global", "uniform"] = "auto"
     rank: int = Field(16, ge=1)
     factors: Literal["float", "int8"] = "float"
+    steps: int = Field(300, ge=2)
+    lr: float = Field(1e-4, gt=0)
+    new_bases: int = Field(8, ge=0)
 
     @property
     def truncates(self) -> bool:
@@ -230,13 +233,21 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
 
 def _check_low_rank(scheme: Scheme, methods: set[str], given: dict[str, object], stock: bool) -> None:
     truncates = {"keep", "max_size"} & given.keys()
-    if "low_rank" not in methods and (odd := truncates | {"select", "rank", "factors"} & given.keys()):
-        raise InputError(f"option {min(odd)} is of low_rank, which is not among the methods", "add low_rank")
+    owners = {"low_rank": {"select", "rank", "factors"}, "basel": {"steps", "lr", "new_bases"}}
+    for owner, options in owners.items():
+        if owner not in methods and (odd := options & given.keys()):
+            raise InputError(f"option {min(odd)} is of {owner}, which is not among the methods", f"add {owner}")
+    if truncates and not methods & owners.keys():
+        raise InputError(f"option {min(truncates)} is of low_rank and basel, and neither is a method", "add low_rank")
+    if "basel" in methods and (scheme.rounds or methods != {"basel"} or not truncates):
+        raise InputError("basel trains a float model down to a size", "use it alone, with scheme none and keep")
     if truncates == {"keep", "max_size"}:
         raise InputError("keep and max_size both say how much is kept", "give one")
     if truncates and {"rank", "factors"} & given.keys():
         raise InputError("weights are truncated, and rank or factors say how to compensate rounding", "give one")
-    if not scheme.rounds and (not truncates or methods != {"low_rank"}):
-        raise InputError("scheme none rounds nothing, so it can only truncate", "use method low_rank with keep, alone")
-    if stock and "low_rank" in methods:
+    if not scheme.rounds and (not truncates or methods not in ({"low_rank"}, {"basel"})):
+        raise InputError(
+            "scheme none rounds nothing, so it can only truncate", "use low_rank or basel with keep, alone"
+        )
+    if stock and methods & owners.keys():
         raise InputError("compressed-tensors holds no low-rank factors", "use --format calib, dense, or auto")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.engine.context import ContextObjective
-from calib.engine.factors import LowRankWork
+from calib.engine.factors import STAYS_DENSE, LowRankWork
 from calib.engine.state import SiteState
 from calib.errors import NumericsError
 from calib.methods import ShiftScale, SiteMethod, WeightMethod
@@ -215,7 +215,7 @@ class BlockCalibration:
             elif self.recipe.scheme.rounds:
                 dense[path] = linear
             else:
-                entry.status, entry.reason = "excluded", "stays dense: factors of its rank are no smaller"
+                entry.status, entry.reason = "excluded", STAYS_DENSE
         return dense
 
     def _round(self, linears: Mapping[str, nn.Linear], gram: Tensor | None) -> dict[str, dict[str, Tensor]]:

@@ -19,6 +19,8 @@ from calib.quantizers import bits_per_weight, qparams, tensor_range
 from calib.recipe import Recipe
 from calib.solvers import InputStatistics
 
+STAYS_DENSE = "stays dense: factors of its rank are no smaller"
+
 
 @dataclass(frozen=True, eq=False)
 class LowRankWork:

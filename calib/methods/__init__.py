@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from calib.methods.base import ShiftScale, SiteMethod, SiteView, WeightMethod
+from calib.methods.basel import Basel
 from calib.methods.gptq import GPTQ
 from calib.methods.hadamard import Hadamard
 from calib.methods.low_rank import LowRank
@@ -12,6 +13,7 @@ from calib.recipe import Recipe
 
 __all__ = [
     "GPTQ",
+    "Basel",
     "Hadamard",
     "LowRank",
     "OSPlus",
@@ -20,6 +22,7 @@ __all__ = [
     "SiteView",
     "SmoothQuant",
     "WeightMethod",
+    "basel",
     "low_rank",
     "resolve",
 ]
@@ -43,3 +46,9 @@ def low_rank(recipe: Recipe) -> LowRank | None:
     """The recipe's low-rank method, which works on weights after all sites are solved."""
     given = dict(method.partition(":")[::2] for method in recipe.methods)
     return LowRank(recipe, given["low_rank"]) if "low_rank" in given else None
+
+
+def basel(recipe: Recipe) -> Basel | None:
+    """The recipe's Basel, which trains the whole model in the place of all else."""
+    given = dict(method.partition(":")[::2] for method in recipe.methods)
+    return Basel(recipe, given["basel"]) if "basel" in given else None

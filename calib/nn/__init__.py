@@ -2,6 +2,7 @@
 
 from calib.nn.activation import ActivationQuantizer
 from calib.nn.attention import AttentionFormat, attention_modules, route_attention
+from calib.nn.basis_linear import BasisLinear
 from calib.nn.describe import describe_linear, linear_group, quant_linear
 from calib.nn.hadamard import best_block, block_hadamard, hadamard_matrix
 from calib.nn.linear import QuantLinear
@@ -12,6 +13,7 @@ from calib.nn.side_branch import SideBranch
 __all__ = [
     "ActivationQuantizer",
     "AttentionFormat",
+    "BasisLinear",
     "LowRankLinear",
     "Prefix",
     "QuantLinear",

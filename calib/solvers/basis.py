@@ -114,31 +114,25 @@ def choose_ranks(
     energies: Sequence[Tensor],
     worth: Sequence[float],
     budget: float,
-    least: float = 0.5,
 ) -> list[int | None]:
     """Ranks of all layers under one ``budget`` of parameters, by gain per parameter; None: the layer stays dense.
 
-    shapes: (out, in); energies: of each layer's bases, falling; worth: of a unit of a layer's energy. A rank costs
-    out + in, a dense layer out * in, which is also the most it can cost. On each layer's upper concave hull of (cost,
-    kept energy) the steps of steepest gain are bought first; that is the optimum, but for the last step. least: of the
-    uniform rank, which every layer gets first: what a layer is worth holds for small errors, and none is ruined for it.
+    shapes: (out, in); energies: of each layer's bases, falling; worth: of a unit of a layer's energy, while little of
+    it is lost; a layer that keeps the share q of its energy e is charged worth * e * -log q, as much at first and
+    without bound as q falls, so that none is ruined. A rank costs out + in, a dense layer out * in, the most it can
+    cost. On each layer's upper concave hull of (cost, value) the steps of steepest gain are bought first: the optimum,
+    but for the last step.
     """
-    keep = budget / sum(out * n for out, n in shapes)
-    first = [
-        max(1, int(least * (rank or min(shape))))
-        for rank, shape in zip(uniform_ranks(shapes, keep), shapes, strict=True)
-    ]
-    ranks: list[int | None] = [
-        r if r * sum(shape) < shape[0] * shape[1] else None for r, shape in zip(first, shapes, strict=True)
-    ]
+    ranks: list[int | None] = [1 if out * n > out + n else None for out, n in shapes]
     left = budget - sum(out * n if r is None else r * (out + n) for r, (out, n) in zip(ranks, shapes, strict=True))
     if left < 0:
         raise InputError(f"a budget of {budget:.0f} parameters does not hold one basis a layer", "keep more")
     steps: list[tuple[float, int, int | None, int]] = []  # gain per parameter, layer, rank after it, its cost
     for layer, start in enumerate(ranks):
         if start is not None:
-            hull = _hull(*shapes[layer], energies[layer], worth[layer], start)
-            steps += [(slope, layer, rank, cost) for slope, rank, cost in hull]
+            steps += [
+                (gain, layer, rank, cost) for gain, rank, cost in _hull(*shapes[layer], energies[layer], worth[layer])
+            ]
     stopped: set[int] = set()
     for _, layer, rank, cost in sorted(steps, key=lambda step: -step[0]):
         if layer in stopped:
@@ -150,21 +144,20 @@ def choose_ranks(
     return ranks
 
 
-def _hull(out: int, n: int, energy: Tensor, worth: float, start: int) -> list[tuple[float, int | None, int]]:
-    """Steps (gain per parameter, rank or None for dense, cost) from rank ``start`` to dense, of falling slope."""
-    each, whole = out + n, out * n
-    ranks = range(start, min((whole - 1) // each, len(energy)) + 1)
-    kept = (
-        torch.cat([energy.double().cumsum(0)[start - 1 : ranks[-1]], energy.double().sum()[None]]).mul(worth).tolist()
-    )
-    costs = [each * rank for rank in ranks] + [whole]
+def _hull(out: int, n: int, energy: Tensor, worth: float) -> list[tuple[float, int | None, int]]:
+    """Steps (gain per parameter, rank or None for dense, cost) from rank 1 to dense, of falling slope."""
+    each, whole, total = out + n, out * n, energy.double().sum().clamp(min=1e-30)
+    most = min((whole - 1) // each, len(energy))
+    share = torch.cat([energy[:most].double().cumsum(0) / total, torch.ones(1, dtype=torch.float64)])
+    kept = (worth * total * share.clamp(1e-30, 1).log()).tolist()
+    costs = [each * rank for rank in range(1, most + 1)] + [whole]
     corners = [0]
     for i in range(1, len(costs)):
         while len(corners) > 1 and _slope(costs, kept, corners[-1], i) >= _slope(costs, kept, corners[-2], corners[-1]):
             corners.pop()
         corners.append(i)
     return [
-        (_slope(costs, kept, a, b), None if b == len(ranks) else ranks[b], costs[b] - costs[a])
+        (_slope(costs, kept, a, b), None if b == most else b + 1, costs[b] - costs[a])
         for a, b in itertools.pairwise(corners)
     ]
 
