@@ -2,9 +2,9 @@
 
 After "Basis selection: low-rank decomposition of pretrained large language models for target applications" (arXiv
 2405.15877). As there: frozen bases with learned importances, pruned exponentially and for good, new bases beside them,
-merged and factored again, factors fine-tuned. Ours: bases are those of the whitened weight, so that an importance is an
-output error from the start (``basel:svd`` takes the published ones); one budget over all layers (solvers/basis.py) in
-the place of a share of each; biases are kept.
+factors fine-tuned. Ours: bases are those of the whitened weight, so that an importance is an output error from the
+start (``basel:svd`` takes the published ones); one budget over all layers (solvers/basis.py) in the place of a share of
+each, the new bases counted; biases are kept; the factors that are tuned are the bases, not an SVD of their sum.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from calib.nn import BasisLinear, LowRankLinear
 from calib.observers import Moments
 from calib.observers.base import rows_of
 from calib.recipe import Recipe
-from calib.solvers import Bases, bases, choose_ranks
+from calib.solvers import Bases, bases, choose_ranks, uniform_ranks
 from calib.tuning import Tuning, next_token_loss, tune
 
 IMPORTANCE_RATE = 10.0  # importances start at 1, factors at much less: their rate is this many times the factors'
@@ -55,14 +55,18 @@ class Basel:
         worth: of a unit of each layer's output error. budget: parameters that are kept. folder: where the two stages
         keep their state. Returns losses and ranks, for the report.
         """
-        recipe, r = self.recipe, self.recipe.new_bases
+        recipe = self.recipe
         found = decompose(model, names, batches if self.whitened else None)
         linears = {name: model.get_submodule(name) for name in names}
-        layers = {name: self._layer(linears[name], found[name], seed) for seed, name in enumerate(names)}
+        shapes: list[tuple[int, int]] = [(m.out_features, m.in_features) for m in linears.values()]  # type: ignore[misc]
+        whole = sum(out * n for out, n in shapes)
+        new = new_ranks(shapes, budget / whole, recipe.new_bases)
+        layers = {
+            name: self._layer(linears[name], found[name], new[i], seed=recipe.seed * 9973 + i)
+            for i, name in enumerate(names)
+        }
         for name, layer in layers.items():
             model.set_submodule(name, layer)
-        shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
-        whole = sum(out * n for out, n in shapes)
         steps = recipe.steps // 2
         pruned = [max(1, round(steps * 0.2 + steps * 0.7 * e / EVENTS)) for e in range(1, EVENTS + 1)]
         ranks: list[int | None] = []
@@ -71,9 +75,7 @@ class Basel:
             """Keep the best of what is left; the budget falls exponentially from all of it to what the recipe keeps."""
             done = sum(at <= step for at in pruned)
             if done and (step in pruned or step == steps):
-                ranks[:] = select(
-                    layers, shapes, [worth[n] for n in names], (budget / whole) ** (done / EVENTS) * whole, r
-                )
+                ranks[:] = select(layers, [worth[n] for n in names], (budget / whole) ** (done / EVENTS) * whole)
 
         groups = [
             ({f"{n}.t": layer.t for n, layer in layers.items()}, IMPORTANCE_RATE),
@@ -102,13 +104,12 @@ class Basel:
         )
         return {"importance_loss": losses, "factor_loss": tuned, "ranks": chosen}
 
-    def _layer(self, linear: nn.Module, found: Bases, seed: int) -> BasisLinear:
+    def _layer(self, linear: nn.Module, found: Bases, new: int, seed: int) -> BasisLinear:
         size = found.energy.clamp(min=1e-30).sqrt()
         weight, bias = linear.weight, linear.bias
         assert isinstance(weight, torch.Tensor)
         down = found.down / size[:, None]
-        new = min(self.recipe.new_bases, len(size))
-        return BasisLinear(found.up, down, size, bias, new, self.recipe.seed * 9973 + seed, weight.dtype)  # type: ignore[arg-type]
+        return BasisLinear(found.up, down, size, bias, new, seed, weight.dtype)  # type: ignore[arg-type]
 
     def _settle(
         self,
@@ -117,15 +118,15 @@ class Basel:
         linears: Mapping[str, nn.Module],
         ranks: Mapping[str, int | None],
     ) -> None:
-        """Merge old and new bases and factor again: at most ``rank`` of them are left, so nothing is lost."""
+        """Put the bases that are left in the place of their layer: no more than its rank."""
         for name, layer in layers.items():
-            weight, rank, linear = layer.merged().detach(), ranks[name], linears[name]
-            if rank is None:
-                linear.weight.data.copy_(weight)  # type: ignore[operator]
+            linear = linears[name]
+            if ranks[name] is None:
+                linear.weight.data.copy_(layer.merged().detach())  # type: ignore[operator]
                 model.set_submodule(name, linear)
-                continue
-            b, a = bases(weight, torch.ones(layer.in_features)).factors(rank)
-            model.set_submodule(name, LowRankLinear.of(b, a, layer.bias, weight.dtype))
+            else:
+                b, a = layer.factors()
+                model.set_submodule(name, LowRankLinear.of(b, a, layer.bias, layer.up.dtype))
 
 
 def decompose(model: nn.Module, names: Sequence[str], batches: Sequence[Batch] | None) -> dict[str, Bases]:
@@ -148,23 +149,31 @@ def decompose(model: nn.Module, names: Sequence[str], batches: Sequence[Batch] |
     return found
 
 
-def select(
-    layers: Mapping[str, BasisLinear],
-    shapes: Sequence[tuple[int, int]],
-    worth: Sequence[float],
-    budget: float,
-    new: int,
-) -> list[int | None]:
-    """Mask what does not fit the budget, the new bases' share included; each layer's rank, None: it stays dense."""
+def new_ranks(shapes: Sequence[tuple[int, int]], keep: float, new: int) -> list[int]:
+    """How many new bases each layer gets: at most a quarter of its share of what is kept."""
+    return [
+        min(new, (rank or min(shape)) // 4) for rank, shape in zip(uniform_ranks(shapes, keep), shapes, strict=True)
+    ]
+
+
+def select(layers: Mapping[str, BasisLinear], worth: Sequence[float], budget: float) -> list[int | None]:
+    """Mask what does not fit the budget, new bases counted; each layer's rank with them, None: it stays dense."""
+    shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
+    added = [len(layer.new_down) for layer in layers.values()]
+    reserved = sum(new * sum(shape) for new, shape in zip(added, shapes, strict=True))
     energies = [layer.importance.detach().double().square() for layer in layers.values()]
     ordered = [e.sort(descending=True) for e in energies]
-    ranks = choose_ranks(shapes, [o.values for o in ordered], worth, budget)
+    whole = [(layer.size * layer.t.detach().square()).double().square().sum() for layer in layers.values()]
+    lost = [float(total - e.sum()) for total, e in zip(whole, energies, strict=True)]
+    ranks = choose_ranks(shapes, [o.values for o in ordered], worth, budget - reserved, lost)
     for layer, order, rank in zip(layers.values(), ordered, ranks, strict=True):
         if rank is not None:
-            layer.mask[order.indices[max(1, rank - new) :]] = 0
-            if rank <= new:  # so few bases that one is old and the others are new
-                layer.new_up.data[:, rank - 1 :] = 0
-    return ranks
+            layer.mask[order.indices[rank:]] = 0
+    together = [None if rank is None else rank + new for rank, new in zip(ranks, added, strict=True)]
+    return [
+        None if rank is None or rank * (out + n) >= out * n else rank
+        for rank, (out, n) in zip(together, shapes, strict=True)
+    ]
 
 
 def finetune(

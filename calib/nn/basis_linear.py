@@ -43,6 +43,18 @@ class BasisLinear(nn.Module):
         """The weight [out, in] that this is."""
         return (self.up * self.importance) @ self.down + self.new_up @ self.new_down
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B [out, r] and A [r, in] of the bases that are left and the new ones: B A is ``merged``.
+
+        Each basis is shared out evenly, so that its two vectors learn at one pace; whitened bases stay uncorrelated
+        (an SVD of the merged weight would undo that, and trains several times slower).
+        """
+        left = self.mask > 0
+        root = self.importance[left].sqrt()
+        share = (self.new_down.norm(dim=1) / self.new_up.norm(dim=0).clamp(min=1e-6)).sqrt()
+        b = torch.cat([self.up[:, left] * root, self.new_up * share], 1)
+        return b, torch.cat([self.down[left] * root[:, None], self.new_down / share[:, None]])
+
     def forward(self, x: Tensor) -> Tensor:
         y = ((x @ self.down.T) * self.importance) @ self.up.T + (x @ self.new_down.T) @ self.new_up.T
         return y if self.bias is None else y + self.bias

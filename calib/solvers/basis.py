@@ -114,6 +114,7 @@ def choose_ranks(
     energies: Sequence[Tensor],
     worth: Sequence[float],
     budget: float,
+    lost: Sequence[float] | None = None,
 ) -> list[int | None]:
     """Ranks of all layers under one ``budget`` of parameters, by gain per parameter; None: the layer stays dense.
 
@@ -121,7 +122,7 @@ def choose_ranks(
     it is lost; a layer that keeps the share q of its energy e is charged worth * e * -log q, as much at first and
     without bound as q falls, so that none is ruined. A rank costs out + in, a dense layer out * in, the most it can
     cost. On each layer's upper concave hull of (cost, value) the steps of steepest gain are bought first: the optimum,
-    but for the last step.
+    but for the last step. lost: energy of bases that a layer had and that are gone.
     """
     ranks: list[int | None] = [1 if out * n > out + n else None for out, n in shapes]
     left = budget - sum(out * n if r is None else r * (out + n) for r, (out, n) in zip(ranks, shapes, strict=True))
@@ -130,9 +131,9 @@ def choose_ranks(
     steps: list[tuple[float, int, int | None, int]] = []  # gain per parameter, layer, rank after it, its cost
     for layer, start in enumerate(ranks):
         if start is not None:
-            steps += [
-                (gain, layer, rank, cost) for gain, rank, cost in _hull(*shapes[layer], energies[layer], worth[layer])
-            ]
+            gone = 0.0 if lost is None else lost[layer]
+            hull = _hull(*shapes[layer], energies[layer], worth[layer], gone)
+            steps += [(gain, layer, rank, cost) for gain, rank, cost in hull if gain > 0]
     stopped: set[int] = set()
     for _, layer, rank, cost in sorted(steps, key=lambda step: -step[0]):
         if layer in stopped:
@@ -144,11 +145,12 @@ def choose_ranks(
     return ranks
 
 
-def _hull(out: int, n: int, energy: Tensor, worth: float) -> list[tuple[float, int | None, int]]:
+def _hull(out: int, n: int, energy: Tensor, worth: float, lost: float) -> list[tuple[float, int | None, int]]:
     """Steps (gain per parameter, rank or None for dense, cost) from rank 1 to dense, of falling slope."""
-    each, whole, total = out + n, out * n, energy.double().sum().clamp(min=1e-30)
+    each, whole, left = out + n, out * n, energy.double().sum()
+    total = (left + lost).clamp(min=1e-30)
     most = min((whole - 1) // each, len(energy))
-    share = torch.cat([energy[:most].double().cumsum(0) / total, torch.ones(1, dtype=torch.float64)])
+    share = torch.cat([energy[:most].double().cumsum(0), left[None]]) / total
     kept = (worth * total * share.clamp(1e-30, 1).log()).tolist()
     costs = [each * rank for rank in range(1, most + 1)] + [whole]
     corners = [0]
