@@ -90,6 +90,9 @@ class RecipeOptions:
         int | None, Option(min=1, help="Of what low_rank adds for rounding errors, where nothing is truncated; 16.")
     ] = None
     factors: Annotated[str | None, Option(help="What it is stored in: float or int8.")] = None
+    steps: Annotated[int | None, Option(min=2, help="Training steps of basel, of one batch each; 300.")] = None
+    lr: Annotated[float | None, Option(min=0.0, help="Learning rate of basel; 1e-4.")] = None
+    new_bases: Annotated[int | None, Option(min=0, help="Bases that basel adds to each weight, at most; 8.")] = None
 
     def arguments(self, model: str) -> dict[str, Any]:
         """Keyword arguments of calib.quantize and calib.plan; InputError where a word is unknown."""
@@ -112,6 +115,9 @@ class RecipeOptions:
             "max_size": None if self.max_size is None else parse_size(self.max_size),
             "select": None if self.select == "auto" else one_of("select", self.select, ("auto", "global", "uniform")),
             "rank": self.rank,
+            "steps": self.steps,
+            "lr": self.lr,
+            "new_bases": self.new_bases,
             "factors": None if self.factors is None else one_of("factors", self.factors, ("float", "int8")),
         }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import time
@@ -26,7 +28,7 @@ from calib.export.load import load, read_config
 from calib.export.streamed import Shards
 from calib.export.streamed import write as write_streamed
 from calib.export.verify import answer, reference_batch, verify
-from calib.methods import Hadamard, basel, low_rank, resolve
+from calib.methods import Hadamard, basel_of, low_rank_of, resolve
 from calib.model import Plan, Resident, is_finite, make_plan, small_batch, takes_rotation
 from calib.model.cost import BUDGET, Cost, estimate, refuse
 from calib.nn import changed_linears, route_attention
@@ -189,7 +191,7 @@ def quantize(
     if out is not None:
         _check_apart(out, model, data)
         check_out(out, overwrite=overwrite)
-    training = basel(recipe)
+    training = basel_of(recipe)
     network, tokenizer, store = _load(model, tokenizer, dtype, progress, streamed=out is not None and training is None)
     budget = _budget(network, store, recipe, dtype, max_memory)
     if out is not None:
@@ -218,7 +220,11 @@ def quantize(
 
     if training is not None:
         start = time.perf_counter()
-        folder = None if out is None else Path(out).expanduser().absolute().parent / f".{Path(out).name}.tuning"
+        state = None if out is None else Path(out).expanduser().absolute().parent / f".{Path(out).name}.tuning"
+        folder = None
+        if state is not None and not isinstance(model, nn.Module):  # another run's state is never found
+            about = json.dumps(_fingerprint(model, recipe, tokens, dtype), sort_keys=True, default=str)
+            folder = state / hashlib.sha256(about.encode()).hexdigest()[:16]
         report = trained(network, plan, training, tokens.batches, folder=folder, progress=progress)
         seconds["train"] = time.perf_counter() - start
         network.calib_rewrites = plan.rewrites  # type: ignore[assignment]
@@ -227,7 +233,8 @@ def quantize(
         seconds["total"] = time.perf_counter() - started
         if out is not None:
             result.save(out, format, overwrite=overwrite, verified=verified)
-            shutil.rmtree(folder, ignore_errors=True)  # type: ignore[arg-type]
+        if state is not None:
+            shutil.rmtree(state, ignore_errors=True)
         return result
     blocks = [name for stack in plan.stacks for name in stack.names]
     journal, shards = None, None
@@ -345,8 +352,8 @@ def _recipe(
     stock = format == "compressed-tensors"
     recipe = make_recipe(make_scheme(scheme, **(scheme_options or {})), method, stock, **options)
     resolve(recipe)  # the methods check their values
-    low_rank(recipe)
-    basel(recipe)
+    low_rank_of(recipe)
+    basel_of(recipe)
     if recipe.truncates and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("truncation looks at the whole model in one process", "run without torchrun")
     if format == dense.FORMAT and (reasons := dense.refusals(recipe)):

@@ -116,6 +116,22 @@ def test_basel_through_the_one_call(method: str, tmp_path: Path) -> None:
     assert len(result.report["importance_loss"]) + len(result.report["factor_loss"]) == 24
 
 
+def test_killed_between_its_stages_it_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama").save_pretrained(tmp_path / "model")
+    options = {"keep": 0.5, "steps": 8, "progress": False, "verified": False}
+    whole = calib.quantize(tmp_path / "model", "none", "basel", DATA, **options)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr("calib.methods.basel.finetune", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            calib.quantize(tmp_path / "model", "none", "basel", DATA, tmp_path / "out", **options)  # type: ignore[arg-type]
+    state = list(tmp_path.glob(".out.tuning/*/importance.safetensors"))
+    assert len(state) == 1
+    again = calib.quantize(tmp_path / "model", "none", "basel", DATA, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert again.report["importance_loss"] == whole.report["importance_loss"]
+    assert torch.equal(logits(again.model, DATA[0]), logits(whole.model, DATA[0]))
+    assert not (tmp_path / ".out.tuning").exists()
+
+
 def test_the_baseline_is_tuned_by_the_same_loop() -> None:
     plain = calib.quantize(build("llama"), "none", "low_rank:svd-llm", DATA, keep=0.5, progress=False).model
     before = loss_of(plain)

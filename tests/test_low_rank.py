@@ -211,6 +211,11 @@ def test_groups_divide_the_ranks_of_rounded_factors() -> None:
     assert ranks and all(rank % 8 == 0 for rank in ranks)
 
 
+def test_cost_is_not_predicted() -> None:
+    with pytest.raises(InputError, match="not predicted"):
+        calib.cost(build("llama"), "none", "low_rank", keep=0.5)
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [

@@ -22,7 +22,7 @@ from calib.engine.memory import release_pages, reuse_pages
 from calib.engine.prefix import PrefixBuilder
 from calib.engine.survey import Survey, survey
 from calib.errors import InputError
-from calib.methods import LowRank, low_rank, resolve
+from calib.methods import LowRank, low_rank_of, resolve
 from calib.model import Batch, BlockInputs, Plan, Resident, Stack, capture
 from calib.observers import ranks
 from calib.recipe import Recipe
@@ -110,7 +110,7 @@ class Engine:
         self.store, self.journal, self.budget = store or Resident(), journal, budget
         self.shards = shards or {}
         self.methods, self.rounding = resolve(recipe)
-        method = low_rank(recipe)
+        method = low_rank_of(recipe)
         self.low_rank = None if method is None else LowRankWork(method)
         self.outcome = Outcome()
         self._blocks = [name for stack in plan.stacks for name in stack.names]

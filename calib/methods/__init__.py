@@ -22,8 +22,8 @@ __all__ = [
     "SiteView",
     "SmoothQuant",
     "WeightMethod",
-    "basel",
-    "low_rank",
+    "basel_of",
+    "low_rank_of",
     "resolve",
 ]
 
@@ -42,13 +42,13 @@ def resolve(recipe: Recipe) -> tuple[list[SiteMethod], GPTQ | None]:
     return sites, GPTQ(given["gptq"]) if "gptq" in given else None
 
 
-def low_rank(recipe: Recipe) -> LowRank | None:
+def low_rank_of(recipe: Recipe) -> LowRank | None:
     """The recipe's low-rank method, which works on weights after all sites are solved."""
     given = dict(method.partition(":")[::2] for method in recipe.methods)
     return LowRank(recipe, given["low_rank"]) if "low_rank" in given else None
 
 
-def basel(recipe: Recipe) -> Basel | None:
+def basel_of(recipe: Recipe) -> Basel | None:
     """The recipe's Basel, which trains the whole model in the place of all else."""
     given = dict(method.partition(":")[::2] for method in recipe.methods)
     return Basel(recipe, given["basel"]) if "basel" in given else None
