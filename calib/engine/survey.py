@@ -65,6 +65,7 @@ def survey(
     found = Survey()
     wanted = plan.quantized()
     kept = _few(batches)
+    batches = batches if method.selects else batches[:kept]  # energies want all of the data, gradients some
     for stack in plan.stacks:
         with store.keeping():
             inputs = capture(model, stack, batches, hidden=hidden())
@@ -72,7 +73,7 @@ def survey(
         for i, name in enumerate(stack.names):
             before.append([inputs.hidden[j].clone() for j in range(kept)])
             with store.hold(name):
-                taken = _observe(model.get_submodule(name), name, plan, inputs, i)
+                taken = _observe(model.get_submodule(name), name, plan, inputs, i, gram=method.selects)
                 for path in [w for w in wanted if method.selects and w.startswith(name + ".")]:
                     weight = model.get_submodule(path).weight
                     assert isinstance(weight, Tensor)
@@ -113,12 +114,12 @@ def _few(batches: Sequence[Batch]) -> int:
     return len(batches)
 
 
-def _observe(block: nn.Module, name: str, plan: Plan, inputs: BlockInputs, i: int) -> dict[str, Moments]:
+def _observe(block: nn.Module, name: str, plan: Plan, inputs: BlockInputs, i: int, gram: bool) -> dict[str, Moments]:
     """The moments of every planned linear's input; the block's outputs take the place of its inputs."""
     taken: dict[str, Moments] = {}
     taps: dict[str, Moments] = {}
     for site in plan.blocks[name].sites:
-        moments = [Moments(site.features, gram=True) for _ in site.groups]
+        moments = [Moments(site.features, gram) for _ in site.groups]
         for group, each in zip(site.groups, moments, strict=True):
             taps[group[0]] = each
             taken.update({f"{name}.{path}": each for path in group})

@@ -5,7 +5,7 @@
     python experiments/basel/run.py cost        # the training-free selection through calib.quantize, timed
     python experiments/basel/run.py tiny        # Basel against SVD-LLM + the same steps, on stories260k, 3 seeds
     python experiments/basel/run.py grid        # all arms, ratios and targets on smollm2-135m: hours
-    python experiments/basel/run.py figure      # of the grid
+    python experiments/basel/run.py figure      # of what has been run
 
 Every finished cell is kept in results-<part>.json and skipped on the next run; --only TEXT runs the cells that hold it.
 Calibration and training take train or validation splits, figures are of test splits.
@@ -17,7 +17,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -403,24 +403,31 @@ def grid(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]
             yield name, lambda t=target, w=wrong, k=keep: run(ARMS[4], t, w, k, 0)  # type: ignore[misc]
 
 
-def figure(rows: Mapping[str, Figures]) -> None:
-    """Target loss against bytes, one panel a target."""
+def figure() -> None:
+    """Loss against size: of the selection, and of the grid, a panel a target, where it has been run."""
     import matplotlib.pyplot as plt
 
-    targets = sorted({row["target"] for row in rows.values()})
-    _, axes = plt.subplots(1, len(targets), figsize=(5 * len(targets), 4), squeeze=False)
-    for axis, target in zip(axes[0], targets, strict=True):
-        points: dict[str, list[tuple[float, float]]] = {}
-        for name, row in rows.items():
-            if row["target"] == target and "bytes" in row:
+    panels: dict[str, tuple[str, dict[str, list[tuple[float, float]]]]] = {}
+    if (file := HERE / "results-selection.json").is_file():
+        arms: dict[str, list[tuple[float, float]]] = {}
+        for name, row in json.loads(file.read_text()).items():
+            if "kept" in row:
+                arms.setdefault(f"ranks {name.partition(' ')[2]}", []).append((row["kept"], row["loss"]))
+        panels["WikiText-2, no training"] = ("share of parameters kept", arms)
+    if (file := HERE / "results-grid.json").is_file():
+        for name, row in json.loads(file.read_text()).items():
+            if "bytes" in row:
                 arm = name.split(": ")[1].partition(" ")[2].partition(", seed")[0]
-                points.setdefault(arm, []).append((row["bytes"] / 2**20, row["loss"][target]))
-        for arm, pairs in points.items():
-            axis.plot(*zip(*sorted(pairs), strict=True), marker="o", label=arm)
-        axis.set(title=target, xlabel="MiB", ylabel="test loss, nats")
+                arms = panels.setdefault(row["target"], ("MiB", {}))[1]
+                arms.setdefault(arm, []).append((row["bytes"] / 2**20, row["loss"][row["target"]]))
+    _, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for axis, (title, (size, arms)) in zip(axes[0], panels.items(), strict=True):
+        for arm, points in arms.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=arm)
+        axis.set(title=title, xlabel=size, ylabel="test loss, nats")
         axis.legend(fontsize=7)
     plt.tight_layout()
-    plt.savefig(HERE / "grid.svg")
+    plt.savefig(HERE / "quality-size.svg", metadata={"Date": None})
 
 
 PARTS = {"layers": layers, "selection": selection, "cost": cost, "tiny": tiny, "grid": grid}
@@ -438,7 +445,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.part == "figure":
-        figure(json.loads((HERE / "results-grid.json").read_text()))
+        figure()
         return
     file = HERE / f"results-{args.part}.json"
     rows: dict[str, Figures] = json.loads(file.read_text()) if file.is_file() else {}
