@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from calib import prepare
 from calib.errors import CalibError
-from calib.export.files import write_json
+from calib.export.files import write_json, writing
 from calib.export.hf import set_mode
 from calib.model import Batch, call_model
 from calib.observers import ranks
@@ -187,9 +187,10 @@ class Memory:
 
     def write(self, candidate: Candidate, trials: Iterable[Mapping[str, Any]]) -> None:
         if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
             kept = {"key": self.key, "method": candidate.method, "options": dict(candidate.options)}
-            write_json(self.file, {**kept, "trials": list(trials)})
+            with writing(self.file):
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self.file, {**kept, "trials": list(trials)})
 
     def forget(self) -> None:
         if self.file is not None:

@@ -274,6 +274,7 @@ def _text(result: calib.Result) -> str:
     """What a run says on the terminal."""
     summary, report = result.plan.summary(), result.report
     lines = [f"{summary['quantized']} linears quantized, {summary['transformed']} of them transformed"]
+    lines += [f"{summary['factored']} linears kept as two factors"] if summary["factored"] else []
     by_reason: dict[str, list[str]] = {}
     for name, reason in summary["excluded"].items():
         by_reason.setdefault(reason, []).append(name)

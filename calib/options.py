@@ -14,10 +14,11 @@ import typer
 
 from calib.errors import InputError
 from calib.export.load import load_tokenizer
+from calib.model.cost import parse_size
 from calib.recipe import FOLDS, METHODS, SCHEMES
 
 RANGES = ("minmax", "mse", "percentile")
-FORMATS = ("auto", "calib", "compressed-tensors")
+FORMATS = ("auto", "calib", "compressed-tensors", "dense")
 Option = typer.Option
 
 
@@ -81,6 +82,21 @@ class RecipeOptions:
         float, Option(min=0.0, max=1.0, help="Share of rows left out of static ranges and run in float.")
     ] = 0.0
 
+    keep: Annotated[
+        float | None, Option(min=0.0, max=1.0, help="Share of the weights' parameters that low_rank keeps.")
+    ] = None
+    max_size: Annotated[str | None, Option(help="Size of the checkpoint that low_rank truncates to, like 80MiB.")] = (
+        None
+    )
+    select: Annotated[str, Option(help="Ranks of low_rank: auto, global (over all layers), uniform.")] = "auto"
+    rank: Annotated[
+        int | None, Option(min=1, help="Of what low_rank adds for rounding errors, where nothing is truncated; 16.")
+    ] = None
+    factors: Annotated[str | None, Option(help="What it is stored in: float or int8.")] = None
+    steps: Annotated[int | None, Option(min=2, help="Training steps of basel, of one batch each; 300.")] = None
+    lr: Annotated[float | None, Option(min=0.0, help="Learning rate of basel; 1e-4.")] = None
+    new_bases: Annotated[int | None, Option(min=0, help="Bases that basel adds to each weight, at most; 8.")] = None
+
     def arguments(self, model: str) -> dict[str, Any]:
         """Keyword arguments of calib.quantize and calib.plan; InputError where a word is unknown."""
         switch: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
@@ -99,6 +115,14 @@ class RecipeOptions:
             "refine": self.refine,
             "float_rows": self.float_rows,
             "prefix": _prefix(self.prefix, model),
+            "keep": self.keep,
+            "max_size": None if self.max_size is None else parse_size(self.max_size),
+            "select": None if self.select == "auto" else one_of("select", self.select, ("auto", "global", "uniform")),
+            "rank": self.rank,
+            "steps": self.steps,
+            "lr": self.lr,
+            "new_bases": self.new_bases,
+            "factors": None if self.factors is None else one_of("factors", self.factors, ("float", "int8")),
         }
 
     def _scheme_options(self) -> dict[str, Any]:

@@ -19,16 +19,21 @@ from calib.export.load import read_config
 from calib.files import sha256
 from calib.model import Plan, Resident, is_finite
 from calib.model.cost import BUDGET, estimate, refuse
-from calib.nn import QuantLinear
+from calib.nn import changed_linears
 from calib.observers import ranks
 from calib.recipe import Recipe
 
 Model = str | os.PathLike[str] | nn.Module
 
 
+def world_size() -> int:
+    """Processes that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join_ranks(model: Model, out: str | os.PathLike[str] | None) -> None:
     """Take part in the run that torchrun started, if it did. Raises InputError where a run cannot be shared."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         return
     if isinstance(model, nn.Module) or out is None:
         raise InputError("several processes need a model by name and an --out", "give both, or run without torchrun")
@@ -43,7 +48,7 @@ def load_model(
     are in memory where they were meant not to be.
     """
     if isinstance(model, nn.Module):
-        if any(isinstance(m, QuantLinear) for m in model.modules()):
+        if changed_linears(model):
             raise InputError("the model is quantized already", "start from the float model")
         model = model.eval().requires_grad_(False)
         _check_finite(model)
@@ -180,7 +185,7 @@ def check_apart(out: str | os.PathLike[str], *sources: object) -> None:
 
 def check_done(model: nn.Module, plan: Plan) -> None:
     """Every planned Linear is quantized and no other one is. Raises ModelError."""
-    done = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    done = changed_linears(model).keys()
     planned = set(plan.quantized())
     if done != planned:
         odd: Sequence[str] = sorted(done ^ planned)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,13 +17,13 @@ from torch import nn
 
 from calib import auto, prepare
 from calib.data import Like, TokenData, sequence_limit
-from calib.engine import Engine, Journal, PrefixBuilder, choose_prefix
+from calib.engine import Engine, Journal, PrefixBuilder, choose_prefix, trained
 from calib.errors import CalibError, InputError
 from calib.evaluate import peak_rss_mib
-from calib.export import checkpoint, compressed
+from calib.export import checkpoint, compressed, dense
 from calib.export.files import check_out, open_journal, writing
 from calib.export.streamed import Shards
-from calib.methods import Hadamard, resolve
+from calib.methods import Basel, Hadamard, basel_of, low_rank_of, resolve
 from calib.model import Plan, Resident, make_plan, small_batch, takes_rotation
 from calib.model.cost import Cost, estimate
 from calib.nn import route_attention
@@ -62,12 +65,15 @@ def quantize(
     block at a time, finished blocks are journaled beside it, and the same call goes on where a killed one stopped.
     max_memory: bytes that the process may take; hidden states that do not fit lie in a file. options: fields of
     calib.recipe.Recipe (samples, seq_len, seed, sites, prefix, search, shift, scale, refine, inputs, float_rows,
-    batch_size, damp).
+    batch_size, damp; keep, max_size, select, rank, factors for low_rank; steps, lr, new_bases for basel).
 
     Raises InputError, DataError, ModelError, NumericsError, OutputError, VerifyError: one line each, cause
     and fix.
     """
     started, seconds = time.perf_counter(), dict[str, float]()
+    if out is not None:
+        prepare.check_apart(out, model, data)
+        check_out(out, overwrite=overwrite)
     tried: auto.Tried | None = None
     if method == "auto":
         data = data if data is None or isinstance(data, (str, os.PathLike, Like)) else list(data)
@@ -80,12 +86,11 @@ def quantize(
     recipe = _recipe(scheme, method, format, dtype, scheme_options, options)
     prepare.join_ranks(model, out)
     progress = progress and ranks.rank() == 0
-    if out is not None:
-        prepare.check_apart(out, model, data)
-        check_out(out, overwrite=overwrite)
+    training = basel_of(recipe)
     with _timed(seconds, "load"):
+        whole = training is not None or prepare.is_self(data)  # the model runs as a whole before it is quantized
         network, tokenizer, store, resident = prepare.load_model(
-            model, tokenizer, dtype, progress, streamed=out is not None and not prepare.is_self(data)
+            model, tokenizer, dtype, progress, streamed=out is not None and not whole
         )
         budget = prepare.memory_budget(network, store, recipe, dtype, max_memory)
         if out is not None:
@@ -101,6 +106,15 @@ def quantize(
         prefix = _prefix(network, plan, recipe, tokens, tokenizer)
         if recipe.scheme.attention is not None or recipe.scheme.kv is not None:
             route_attention(network)
+
+    if training is not None:
+        report = _trained(training, network, plan, model, tokens, dtype, out, seconds, progress)
+        result = Result(network, tokenizer, recipe, plan, report, seconds, tokens)
+        seconds["total"] = time.perf_counter() - started
+        if out is not None:
+            result.save(out, format, overwrite=overwrite, verified=verified)
+            shutil.rmtree(_training_state(out), ignore_errors=True)
+        return result
 
     journal, shards = None, None
     if out is not None and not isinstance(model, nn.Module):
@@ -221,6 +235,12 @@ def _recipe(
         method, options = first.method, {**first.options, **options}
     recipe = make_recipe(formats, method, stock, **options)
     resolve(recipe)  # the methods check their values
+    low_rank_of(recipe)
+    basel_of(recipe)
+    if recipe.truncates and prepare.world_size() > 1:
+        raise InputError("truncation looks at the whole model in one process", "run without torchrun")
+    if format == dense.FORMAT and (reasons := dense.refusals(recipe)):
+        raise InputError(f"a dense checkpoint cannot hold this: {'; '.join(reasons)}", "use --format calib, or auto")
     if stock and (reasons := compressed.refusals(recipe, dtype)):
         raise InputError(f"compressed-tensors cannot express this: {'; '.join(reasons)}", "use --format calib, or auto")
     return recipe
@@ -260,6 +280,35 @@ def _check_rotation(plan: Plan, recipe: Recipe) -> None:
         for site in block.sites:
             if takes_rotation(site, recipe) and planned.issuperset(f"{name}.{path}" for path in site.consumers):
                 rotation.block_for(site.features)
+
+
+def _training_state(out: str | os.PathLike[str]) -> Path:
+    """Where a training run keeps what a later one goes on from."""
+    path = Path(out).expanduser().absolute()
+    return path.parent / f".{path.name}.tuning"
+
+
+def _trained(
+    training: Basel,
+    network: nn.Module,
+    plan: Plan,
+    model: Model,
+    tokens: TokenData,
+    dtype: torch.dtype,
+    out: str | os.PathLike[str] | None,
+    seconds: dict[str, float],
+    progress: bool,
+) -> dict[str, Any]:
+    """Train the whole model in the place of the block loop; the report."""
+    folder = None
+    if out is not None and not isinstance(model, nn.Module):  # named by the run: another's state is never found
+        about = json.dumps(prepare.fingerprint(model, training.recipe, tokens, dtype), sort_keys=True, default=str)
+        folder = _training_state(out) / hashlib.sha256(about.encode()).hexdigest()[:16]
+    with _timed(seconds, "train"):
+        report = trained(network, plan, training, tokens.batches, folder=folder, progress=progress)
+    network.calib_rewrites = plan.rewrites  # type: ignore[assignment]
+    prepare.check_done(network, plan)
+    return {**report, "notes": plan.notes}
 
 
 @contextlib.contextmanager

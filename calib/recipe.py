@@ -12,8 +12,8 @@ from calib.quantizers import AffineSpec
 
 SiteChoice = Literal["norm", "vo", "updown", "fc", "fused"]
 FOLDS: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
-METHODS = ("rtn", "smoothquant", "awq", "os+", "hadamard", "rotate", "gptq", "gptaq")
-VALUED = ("smoothquant", "hadamard", "rotate")  # methods that take a value, as in smoothquant:0.8
+METHODS = ("rtn", "smoothquant", "awq", "os+", "hadamard", "rotate", "gptq", "gptaq", "low_rank", "basel")
+VALUED = ("smoothquant", "hadamard", "rotate", "low_rank", "basel")  # methods that take a value, as in smoothquant:0.8
 
 
 class _Data(BaseModel):
@@ -24,7 +24,8 @@ class Scheme(_Data):
     """Number formats. ``exclude``/``include``: regular expressions on full module names of Linears.
 
     attention: format of q, k, v and the probabilities as they enter the attention matmuls; kv: format of the keys and
-    values in the cache. Both dynamic, off by default.
+    values in the cache. Both dynamic, off by default. rounds: False where weights and inputs stay float, for recipes
+    that only truncate.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Scheme(_Data):
     attention: AffineSpec | None = None
     kv: AffineSpec | None = None
     exclude: tuple[str, ...] = ()
+    rounds: bool = True
 
     @property
     def static(self) -> bool:
@@ -62,6 +64,7 @@ SCHEMES: dict[str, Scheme] = {
     "w4a4": Scheme(name="w4a4", weights=_weights(4), inputs=_token(4)),
     "w4a4-static": Scheme(name="w4a4-static", weights=_weights(4), inputs=_tensor(4)),
     "w4a16": Scheme(name="w4a16", weights=GROUP64),
+    "none": Scheme(name="none", weights=_weights(8), rounds=False),
 }
 
 
@@ -78,6 +81,10 @@ class Recipe(_Data):
     float_rows: share of rows (the largest) that a static range leaves out and that run in float; 0 is off.
     refine: steps that learn a block's rounding and clipping from its output error, once it is rounded; 0: off.
     inputs: whether a block is calibrated on what the quantized blocks before it produce, or on float.
+    keep: low_rank truncates the planned linears to this share of their parameters; max_size: to what makes the whole
+    checkpoint this many bytes. select: which ranks, by gain per parameter over all layers (``global``, where the
+    variant can tell) or the same share of each. rank, factors: of the term that makes up for rounding, where nothing is
+    truncated. steps, lr, new_bases: basel's, half of the steps for importances and half for factors.
     """
 
     scheme: Scheme
@@ -96,6 +103,18 @@ class Recipe(_Data):
     batch_size: int = 8
     seed: int = 0
     damp: float = Field(0.01, ge=0)
+    keep: float | None = Field(None, gt=0, le=1)
+    max_size: int | None = Field(None, gt=0)
+    select: Literal["auto", "global", "uniform"] = "auto"
+    rank: int = Field(16, ge=1)
+    factors: Literal["float", "int8"] = "float"
+    steps: int = Field(300, ge=2)
+    lr: float = Field(1e-4, gt=0)
+    new_bases: int = Field(8, ge=0)
+
+    @property
+    def truncates(self) -> bool:
+        return self.keep is not None or self.max_size is not None
 
     @field_validator("methods")
     @classmethod
@@ -194,7 +213,9 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
         given.setdefault("sites", (*FOLDS, "fused"))
     if stock and ("fused" in tuple(given.get("sites", ())) or given.get("prefix", "none") not in ("none", "auto")):  # type: ignore[arg-type]
         raise InputError("a stock format holds neither fused transforms nor a prefix", "use --format calib")
-    if stock:
+    if stock or {"keep", "max_size"} & given.keys():  # ranks are chosen before a prefix would have keys and values
+        if given.get("prefix", "none") not in ("none", "auto"):
+            raise InputError("weights are truncated without a prefix", "use --prefix none")
         given["prefix"] = "none"
     if given.get("float_rows") and not scheme.static:
         raise InputError(
@@ -202,6 +223,7 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
             "choose w8a8-static or the like",
         )
     methods = tuple(part.strip() for part in method.split(",") if part.strip())
+    _check_low_rank(scheme, {name.partition(":")[0] for name in methods}, given, stock)
     try:
         return Recipe(scheme=scheme, methods=methods, **given)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -210,3 +232,25 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
         raise InputError(
             f"option {where}: {first['msg'].removeprefix('Value error, ')}", "see calib quantize --help"
         ) from error
+
+
+def _check_low_rank(scheme: Scheme, methods: set[str], given: dict[str, object], stock: bool) -> None:
+    truncates = {"keep", "max_size"} & given.keys()
+    owners = {"low_rank": {"select", "rank", "factors"}, "basel": {"steps", "lr", "new_bases"}}
+    for owner, options in owners.items():
+        if owner not in methods and (odd := options & given.keys()):
+            raise InputError(f"option {min(odd)} is of {owner}, which is not among the methods", f"add {owner}")
+    if truncates and not methods & owners.keys():
+        raise InputError(f"option {min(truncates)} is of low_rank and basel, and neither is a method", "add low_rank")
+    if "basel" in methods and (scheme.rounds or methods != {"basel"} or not truncates):
+        raise InputError("basel trains a float model down to a size", "use it alone, with scheme none and keep")
+    if truncates == {"keep", "max_size"}:
+        raise InputError("keep and max_size both say how much is kept", "give one")
+    if truncates and {"rank", "factors"} & given.keys():
+        raise InputError("weights are truncated, and rank or factors say how to compensate rounding", "give one")
+    if not scheme.rounds and (not truncates or methods not in ({"low_rank"}, {"basel"})):
+        raise InputError(
+            "scheme none rounds nothing, so it can only truncate", "use low_rank or basel with keep, alone"
+        )
+    if stock and methods & owners.keys():
+        raise InputError("compressed-tensors holds no low-rank factors", "use --format calib, dense, or auto")

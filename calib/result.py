@@ -14,7 +14,7 @@ from torch import nn
 from calib.data import TokenData
 from calib.engine import Journal
 from calib.evaluate import peak_rss_mib
-from calib.export import checkpoint, compressed
+from calib.export import checkpoint, compressed, dense
 from calib.export.hf import set_mode
 from calib.export.load import load
 from calib.export.streamed import Shards
@@ -23,7 +23,7 @@ from calib.export.verify import answer, reference_batch, verify
 from calib.model import Plan, Resident
 from calib.recipe import Recipe
 
-Format = Literal["auto", "calib", "compressed-tensors"]
+Format = Literal["auto", "calib", "compressed-tensors", "dense"]
 
 
 @dataclass
@@ -64,8 +64,8 @@ class Result:
         place: what lies at ``out`` is finished. Raises OutputError, VerifyError.
         """
         model = self.model
-        chosen = self._choose(format, compressed.expressible(model))
-        writer = compressed if chosen == compressed.FORMAT else checkpoint
+        chosen = self._choose(format, compressed.expressible(model) if format in ("auto", compressed.FORMAT) else ())
+        writer = {compressed.FORMAT: compressed, dense.FORMAT: dense}.get(chosen, checkpoint)
         finish = self._finisher(model, chosen, verified)
         self.out = writer.save(
             model, self.tokenizer, Path(out), manifest=self._manifest(), overwrite=overwrite, finish=finish
@@ -84,7 +84,9 @@ class Result:
     ) -> None:
         """Make the journal the checkpoint at ``out``: as ``save``, but the blocks are written already."""
         model = checkpoint.require_transformers(self.network)
-        chosen = self._choose(format, compressed.expressible(model, store) if format != "calib" else ())
+        chosen = self._choose(
+            format, compressed.expressible(model, store) if format in ("auto", compressed.FORMAT) else ()
+        )
         self.out = write_streamed(
             journal,
             shards,

@@ -43,7 +43,7 @@ SHAPE = dict(  # noqa: C408
     max_position_embeddings=128,
     initializer_range=0.2,
 )
-COMMON = ["--samples", "4", "--seq-len", "32", "--batch-size", "2", "--quiet"]
+COMMON = ["--samples", "4", "--seq-len", "32", "--batch-size", "2", "--auto-seconds", "0", "--quiet"]
 Change = Callable[[dict[str, Tensor]], None]
 
 

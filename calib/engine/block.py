@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from calib.engine.context import ContextObjective
+from calib.engine.factors import STAYS_DENSE, LowRankWork
 from calib.engine.state import SiteState
 from calib.errors import NumericsError
 from calib.methods import ShiftScale, SiteMethod, WeightMethod
 from calib.model import Call, HiddenList, Plan, Site, is_finite, observing
 from calib.nn import ActivationQuantizer, AttentionFormat, QuantLinear, attention_modules
+from calib.observers import Moments
 from calib.recipe import Recipe
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
 from calib.tuning import reconstruct
@@ -48,10 +50,17 @@ class BlockCalibration:
     """Calibrates one block in place; ``record`` and ``notes`` tell what happened to its sites."""
 
     def __init__(
-        self, name: str, block: nn.Module, plan: Plan, recipe: Recipe, rounding: WeightMethod | None, given: BlockInput
+        self,
+        name: str,
+        block: nn.Module,
+        plan: Plan,
+        recipe: Recipe,
+        rounding: WeightMethod | None,
+        given: BlockInput,
+        low_rank: LowRankWork | None = None,
     ) -> None:
         self.name, self.block, self.plan, self.recipe, self.given = name, block, plan, recipe, given
-        self.rounding = rounding
+        self.rounding, self.low_rank = rounding, low_rank
         self.runs = [functools.partial(given.run, block, i) for i in range(len(given.calls))]
         for parameter, value in block.named_parameters():
             if not is_finite(value):
@@ -63,7 +72,7 @@ class BlockCalibration:
                 site,
                 recipe,
                 whole=all(map(self._planned, site.consumers)),
-                gram=rounding is not None and not self._pairs(site),
+                gram=low_rank is not None or (rounding is not None and not self._pairs(site)),
             )
             for site in plan.blocks[name].sites
             if any(map(self._planned, site.consumers))
@@ -180,17 +189,25 @@ class BlockCalibration:
             inside = {
                 p: m for p in group if self._planned(p) and isinstance(m := self.block.get_submodule(p), nn.Linear)
             }
-            rounded = self._round(inside, moments.gram if gram is None else gram, cross)
+            dense = (
+                inside if self.low_rank is None else self._truncate(inside, state, moments, quantizer, self.low_rank)
+            )
+            rounded = self._round(dense, moments.gram if gram is None else gram, cross)
             importance = moments.second_moment.float() if moments.count else None
-            for path, linear in inside.items():
+            for path, linear in dense.items():
+                weight = linear.weight.detach()
                 module = QuantLinear.from_float(
-                    linear.weight.detach(),
+                    weight,
                     None if linear.bias is None else linear.bias.detach(),
                     self.recipe.scheme.weights,
                     copy.deepcopy(quantizer),
                     importance=importance,
                     **rounded.get(path, {}),
                 )
+                if self.low_rank is not None and not self.low_rank.method.truncates:
+                    module = self.low_rank.compensated(module, weight, state, moments)
+                    entry = self.plan.entries[f"{self.name}.{path}"]
+                    entry.bits += self.low_rank.method.stored_bits(entry.shape, weight.dtype)
                 self.block.set_submodule(path, module)
                 self.linears[path] = linear
                 if self.recipe.refine:
@@ -277,6 +294,30 @@ class BlockCalibration:
         finally:
             for path, module in modules.items():
                 self.block.set_submodule(path, module)
+
+    def _truncate(
+        self,
+        linears: Mapping[str, nn.Linear],
+        state: SiteState,
+        moments: Moments,
+        quantizer: ActivationQuantizer,
+        low_rank: LowRankWork,
+    ) -> dict[str, nn.Linear]:
+        """Put factors in the place of those that get a rank; what is left to be rounded whole."""
+        dense = {}
+        for path, linear in linears.items():
+            name, entry = f"{self.name}.{path}", self.plan.entries[f"{self.name}.{path}"]
+            entry.rank = low_rank.rank(name)
+            if entry.rank is not None:
+                module = low_rank.factored(name, linear, state, moments, quantizer, self.rounding)
+                entry.bits = low_rank.stored_bits(entry.shape, entry.rank, linear.weight.dtype)
+                self.block.set_submodule(path, module)
+                self.linears[path] = linear
+            elif self.recipe.scheme.rounds:
+                dense[path] = linear
+            else:
+                entry.status, entry.reason = "excluded", STAYS_DENSE
+        return dense
 
     def _round(
         self, linears: Mapping[str, nn.Linear], gram: Tensor | None, cross: Tensor | None = None

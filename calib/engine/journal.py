@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from calib.errors import InputError, ModelError, OutputError
 from calib.files import sha256, sync
 from calib.model import Resident, TensorFiles
-from calib.nn import AttentionFormat, QuantLinear, describe_linear, quant_linear
+from calib.nn import AttentionFormat, changed_linears, describe_linear, quant_linear
 from calib.observers import ranks
 from calib.quantizers import AffineSpec
 
@@ -121,6 +121,23 @@ class Journal:
         sync(file.parent)
         return {"file": name, "sha256": sha256(file)}
 
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """What is found out before the first block, for a later run."""
+        entry = self.store(f"{name}.safetensors", tensors)
+        part = self.folder / f"{name}.json.part"
+        part.write_text(json.dumps(entry))
+        sync(part)
+        part.replace(self.folder / f"{name}.json")
+
+    def kept(self, name: str) -> dict[str, Tensor] | None:
+        """What ``keep`` was given; None where no run came so far."""
+        file = self.folder / f"{name}.json"
+        if not file.is_file():
+            return None
+        entry = json.loads(file.read_text())
+        self._check(entry)
+        return load_file(self.folder / entry["file"])
+
     def files(self, name: str) -> TensorFiles:
         """Where a finished block's tensors are."""
         return TensorFiles([self.folder / self.records[name]["shard"]["file"]])
@@ -165,7 +182,7 @@ class Journal:
 
 
 def _structure(block: nn.Module) -> dict[str, Any]:
-    linears = {path: describe_linear(m) for path, m in block.named_modules() if isinstance(m, QuantLinear)}
+    linears = {path: describe_linear(module) for path, module in changed_linears(block).items()}
     forms = {path: m.calib_attention for path, m in block.named_modules() if hasattr(m, "calib_attention")}
     return {
         "linears": linears,

@@ -16,16 +16,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calib.engine.block import BlockCalibration, BlockInput, packed
+from calib.engine.factors import LowRankWork, budget_of
 from calib.engine.hidden import HiddenStates
 from calib.engine.journal import Journal
 from calib.engine.memory import release_pages, reuse_pages
 from calib.engine.prefix import PrefixBuilder
+from calib.engine.survey import Survey, survey
 from calib.errors import InputError
-from calib.methods import resolve
+from calib.methods import LowRank, low_rank_of, resolve
 from calib.model import Batch, BlockInputs, HiddenList, Plan, Resident, Stack, capture
 from calib.observers import ranks
 from calib.recipe import Recipe
 
+SURVEY = "survey"  # what a journal calls it
 PROBE_TOKENS, SEARCH_TOKENS = 512, 2048  # that a search ranks on, and scores its short list on, at least
 
 
@@ -108,6 +111,8 @@ class Engine:
         self.store, self.journal, self.budget = store or Resident(), journal, budget
         self.shards = shards or {}
         self.methods, self.rounding = resolve(recipe)
+        method = low_rank_of(recipe)
+        self.low_rank = None if method is None else LowRankWork(method)
         self.outcome = Outcome()
         self._float: HiddenStates | None = None  # what the float model's blocks hand on, where one is learned from it
         self._blocks = plan.block_names()
@@ -120,6 +125,8 @@ class Engine:
         if paired and ranks.world() > 1:
             raise InputError(f"{self.rounding.name} runs in one process", "use method gptq, or run without torchrun")  # type: ignore[union-attr]
         floats = (self.recipe.refine > 0 or paired) and ranks.rank() == 0
+        if self.low_rank is not None and self.low_rank.method.truncates:
+            self.low_rank = self._truncation(self.low_rank.method)
         with torch.no_grad(), tqdm(total=len(self._blocks), unit="block", disable=not self.progress) as bar:
             bar.set_description("calibrating")
             for stack in self.plan.stacks:
@@ -153,6 +160,29 @@ class Engine:
             copies.append(hidden[j])
         return copies
 
+    def _truncation(self, method: LowRank) -> LowRankWork:
+        """Every planned linear's rank, from one pass over the float model where the method needs to look."""
+        found = Survey()
+        if method.selects or method.variant == "fwsvd":
+            kept = None if self.journal is None else self.journal.kept(SURVEY)
+            with self._timed("survey"), torch.no_grad():
+                found = (
+                    survey(
+                        self.model, self.plan, method, self._share.batches, self.store, self._hidden, self.recipe.seed
+                    )
+                    if kept is None
+                    else Survey.of(kept)
+                )
+            if self.journal is not None and kept is None:
+                self.journal.keep(SURVEY, found.tensors())
+        self.outcome.notes += found.notes
+        names = self.plan.quantized()
+        shapes = [self.plan.entries[name].shape for name in names]
+        energies = [found.energies[name] for name in names] if method.selects else None
+        worth = [found.worth[name] for name in names] if found.worth else None
+        ranks = method.ranks(shapes, energies, worth, budget_of(self.model, self.plan, self.recipe))
+        return LowRankWork(method, dict(zip(names, ranks, strict=True)), found.fisher)
+
     def _hidden(self) -> HiddenStates:
         return HiddenStates(self.budget, None if self.journal is None else self.journal.folder)
 
@@ -161,7 +191,7 @@ class Engine:
         block = self.model.get_submodule(name)
         given = self._given(i, inputs, functools.partial(self._prime, i, block, prefix))
         with self._timed("probe"):
-            work = BlockCalibration(name, block, self.plan, self.recipe, self.rounding, given)
+            work = BlockCalibration(name, block, self.plan, self.recipe, self.rounding, given, self.low_rank)
         targets = self._hidden() if self._float is not None else None
         if self._float is not None and targets is not None:
             with self._timed("targets"):
@@ -259,13 +289,13 @@ class Engine:
         self.outcome.blocks[name] = record["error"]
         self.outcome.sites.update(record["sites"])
         self.outcome.notes += record["notes"]
-        for path, (status, reason, fold) in record["entries"].items():
+        for path, (status, reason, fold, rank, bits) in record["entries"].items():
             entry = self.plan.entries[path]
-            entry.status, entry.reason, entry.fold = status, reason, fold
+            entry.status, entry.reason, entry.fold, entry.rank, entry.bits = status, reason, fold, rank, bits
 
-    def _entries(self, block: str) -> dict[str, list[str]]:
+    def _entries(self, block: str) -> dict[str, list[Any]]:
         entries = self.plan.entries.values()
-        return {e.name: [e.status, e.reason, e.fold] for e in entries if e.name.startswith(block + ".")}
+        return {e.name: [e.status, e.reason, e.fold, e.rank, e.bits] for e in entries if e.name.startswith(block + ".")}
 
     def _carried(self, i: int, prefix: BlockInputs | None) -> dict[str, Tensor]:
         if self.prefix is None or prefix is None:

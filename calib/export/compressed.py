@@ -22,13 +22,14 @@ from calib.export import hf
 from calib.export.checkpoint import plain_config, require_transformers, state, stock_on_meta, write_folder
 from calib.export.files import Finish, finished, nbytes, staged
 from calib.model import Resident
-from calib.nn import Prefix, QuantLinear
+from calib.nn import LowRankLinear, Prefix, QuantLinear, SideBranch
 from calib.quantizers import AffineSpec, pack
 from calib.recipe import Recipe
 
 FORMAT = "compressed-tensors"
 ATTENTION = "attention matmuls or the key-value cache are quantized dynamically"
 HADAMARD = "an online Hadamard precedes a linear"
+LOW_RANK = "low-rank factors stand for a linear, or beside one"
 FLOAT_ROWS = "rows beyond the static range are computed in float"
 
 
@@ -42,10 +43,12 @@ def expressible(model: nn.Module, store: Resident | None = None) -> list[str]:
         reasons["a prefix is kept in float keys and values"] = ""
     if any(hasattr(module, "calib_attention") for module in model.modules()):
         reasons[ATTENTION] = ""
-    reasons |= dict.fromkeys(_rewrite_reasons(getattr(model, "calib_rewrites", ())), "")
+    reasons |= dict.fromkeys(rewrite_reasons(getattr(model, "calib_rewrites", ())), "")
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     if not quantized:
         reasons["no linear is quantized"] = ""
+    factors = [name for name, m in model.named_modules() if isinstance(m, (LowRankLinear, SideBranch))]
+    reasons |= dict.fromkeys([LOW_RANK] if factors else [], factors[0] if factors else "")
     for present in (store or Resident()).each():
         for name, module in quantized.items():
             if present(name):
@@ -78,12 +81,14 @@ def refusals(recipe: Recipe, dtype: torch.dtype, rewrites: Sequence[Mapping[str,
         reasons.append(ATTENTION)
     if any(method.partition(":")[0] in ("hadamard", "rotate") for method in recipe.methods):
         reasons.append(HADAMARD)
+    if any(method.partition(":")[0] == "low_rank" for method in recipe.methods):
+        reasons.append(LOW_RANK)
     if dtype not in (torch.float32, torch.float64):
         reasons.append(_rounded_scales(dtype))
-    return [*reasons, *_rewrite_reasons(rewrites)]
+    return [*reasons, *rewrite_reasons(rewrites)]
 
 
-def _rewrite_reasons(rewrites: Sequence[Mapping[str, str]]) -> list[str]:
+def rewrite_reasons(rewrites: Sequence[Mapping[str, str]]) -> list[str]:
     """One reason a kind, with the first module."""
     kinds = {"conv1d": "a transposed Conv1D", "parameter": "a bare parameter"}
     first = {rewrite["kind"]: rewrite["name"] for rewrite in reversed(rewrites)}
@@ -284,8 +289,11 @@ def stock_config(model: PreTrainedModel) -> tuple[Any, dict[str, int]]:
     Biases that the class lacks by default are looked for behind its config's boolean ``*bias*`` flags.
     """
     config = plain_config(model)
+    factored = {f"{name}.bias" for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     ours = {
-        f"{name}.bias" for name, module in model.named_modules() if isinstance(getattr(module, "bias", None), Tensor)
+        f"{name}.bias"
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "bias", None), Tensor) and f"{name.rpartition('.')[0]}.bias" not in factored
     }
     flags = [k for k, v in config.to_dict().items() if "bias" in k and v is False]
     for count in range(min(len(flags), 4) + 1):

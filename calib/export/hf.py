@@ -31,6 +31,7 @@ from calib.nn import (
     AttentionFormat,
     Prefix,
     QuantLinear,
+    changed_linears,
     describe_linear,
     linear_group,
     quant_linear,
@@ -78,9 +79,7 @@ class CalibConfig(QuantizationConfigMixin):
 def describe(model: nn.Module) -> CalibConfig:
     """The CalibConfig of a quantized model in memory, without ``biased_linears`` (see checkpoint.py)."""
     groups: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, QuantLinear):
-            continue
+    for name, module in changed_linears(model).items():
         entry = describe_linear(module)
         groups.setdefault(repr(entry), {**entry, "targets": []})["targets"].append(name)
     prefix = getattr(model, "calib_prefix", None)

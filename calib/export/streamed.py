@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calib.engine import Journal
 from calib.errors import VerifyError
-from calib.export import checkpoint, compressed
+from calib.export import checkpoint, compressed, dense
 from calib.export.files import Finish, check_out, finished, publish, write_json, writing
 from calib.files import sha256
 from calib.model import Resident, TensorFiles
 from calib.nn import Prefix
 
+CONVERTED = {compressed.FORMAT: compressed.tensors_of, dense.FORMAT: dense.tensors_of}
 SHARD_BYTES = 256 * 2**20  # of what is outside the blocks, together in a file
 
 
@@ -60,12 +62,15 @@ def write(
     with writing(out):
         stage = journal.model
         zero_biases: dict[str, int] = {}
-        if format == compressed.FORMAT:
-            config, zero_biases = compressed.stock_config(model)
-            config.quantization_config = compressed.quantization_config(model)
+        if format in CONVERTED:
+            if format == compressed.FORMAT:
+                config, zero_biases = compressed.stock_config(model)
+                config.quantization_config = compressed.quantization_config(model)
+            else:
+                config, zero_biases = dense.described(model)
             stage = journal.folder / "converted"
             stage.mkdir(exist_ok=True)
-            _convert(journal, shards, model, store, stage)
+            _convert(journal, shards, model, store, stage, CONVERTED[format])
         else:
             quantization, config = checkpoint.describe(model)
             config.quantization_config = quantization.to_dict()
@@ -101,11 +106,18 @@ def _gathered(model: PreTrainedModel, store: Resident, names: Sequence[str]) -> 
         yield {name: tensor.detach().contiguous() for name, tensor in found.items()}
 
 
-def _convert(journal: Journal, shards: Shards, model: PreTrainedModel, store: Resident, stage: Path) -> None:
-    """The blocks' shards in compressed-tensors' form."""
+def _convert(
+    journal: Journal,
+    shards: Shards,
+    model: PreTrainedModel,
+    store: Resident,
+    stage: Path,
+    tensors_of: Callable[[nn.Module, str, torch.dtype], dict[str, Tensor]],
+) -> None:
+    """The blocks' shards in another form."""
     for block, file in shards.blocks.items():
         with store.hold(block):
-            tensors = compressed.tensors_of(model.get_submodule(block), block, model.dtype)
+            tensors = tensors_of(model.get_submodule(block), block, model.dtype)
             journal.store(f"{stage.name}/{file}", tensors)
 
 

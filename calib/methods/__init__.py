@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from calib.methods.awq import AWQ
 from calib.methods.base import ShiftScale, SiteMethod, SiteView, WeightMethod
+from calib.methods.basel import Basel
 from calib.methods.gptq import GPTQ
 from calib.methods.hadamard import Hadamard
+from calib.methods.low_rank import LowRank
 from calib.methods.os_plus import OSPlus
 from calib.methods.smoothquant import SmoothQuant
 from calib.recipe import Recipe
@@ -13,13 +15,17 @@ from calib.recipe import Recipe
 __all__ = [
     "AWQ",
     "GPTQ",
+    "Basel",
     "Hadamard",
+    "LowRank",
     "OSPlus",
     "ShiftScale",
     "SiteMethod",
     "SiteView",
     "SmoothQuant",
     "WeightMethod",
+    "basel_of",
+    "low_rank_of",
     "resolve",
 ]
 
@@ -39,3 +45,15 @@ def resolve(recipe: Recipe) -> tuple[list[SiteMethod], GPTQ | None]:
     elif rotation is not None:
         sites.append(rotation)
     return sites, next((GPTQ(name) for name in ("gptaq", "gptq") if name in given), None)
+
+
+def low_rank_of(recipe: Recipe) -> LowRank | None:
+    """The recipe's low-rank method, which works on weights after all sites are solved."""
+    given = dict(method.partition(":")[::2] for method in recipe.methods)
+    return LowRank(recipe, given["low_rank"]) if "low_rank" in given else None
+
+
+def basel_of(recipe: Recipe) -> Basel | None:
+    """The recipe's Basel, which trains the whole model in the place of all else."""
+    given = dict(method.partition(":")[::2] for method in recipe.methods)
+    return Basel(recipe, given["basel"]) if "basel" in given else None

@@ -1,6 +1,6 @@
 """What a network is: blocks, sites found by tracing one real batch, the plan. Knows no methods."""
 
-from calib.model.blocks import Batch, BlockInputs, Call, HiddenList, Stack, call_model, capture, observing
+from calib.model.blocks import Batch, BlockInputs, Call, HiddenList, Stack, call_model, capture, observing, run_after
 from calib.model.linears import apply_rewrites, linears
 from calib.model.plan import Entry, Plan, make_plan, small_batch, takes_rotation, target_of
 from calib.model.sites import Site
@@ -25,6 +25,7 @@ __all__ = [
     "linears",
     "make_plan",
     "observing",
+    "run_after",
     "small_batch",
     "takes_rotation",
     "target_of",

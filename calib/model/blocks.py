@@ -173,6 +173,17 @@ def capture(
     return inputs
 
 
+def run_after(model: nn.Module, stack: Stack, batch: Batch, hidden: Tensor) -> Any:
+    """The model's output where the stack's last block gives ``hidden``; nothing of the stack is run."""
+    blocks = [model.get_submodule(name) for name in stack.names]
+    answer = (hidden, *[None] * (stack.tuple_length - 1)) if stack.tuple_length else hidden
+    with contextlib.ExitStack() as undo:
+        for block in blocks:
+            undo.callback(_put_forward, block, block.__dict__.get("forward"))
+            block.forward = lambda *args, **kwargs: answer
+        return call_model(model, batch)
+
+
 class _Sharing:
     """Replaces tensors by equal ones of earlier batches: masks and position embeddings are mostly the same."""
 

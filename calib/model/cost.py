@@ -159,6 +159,10 @@ def estimate(
     process may take: hidden states then keep what is left of it, else at most ``budget``; `refuse` says whether it is
     enough. world: processes that share the samples. Raises ModelError, InputError.
     """
+    if any(method.partition(":")[0] in ("low_rank", "basel") for method in recipe.methods):
+        raise InputError(
+            "what low_rank and basel cost is not predicted", "leave out --max-memory, or plan without them"
+        )
     config = read_config(source)
     limit = sequence_limit(config, None)
     if limit is not None and recipe.seq_len > limit:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from calib.nn import StandsForWeight
+from calib.nn import CalledAsWeight
 
 
-class ParameterLinear(StandsForWeight, nn.Linear):
+class ParameterLinear(CalledAsWeight, nn.Linear):
     """A Linear that stands where a bare weight stood: F.linear(x, module) runs module(x)."""
 
 

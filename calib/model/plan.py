@@ -23,12 +23,13 @@ from calib.recipe import Recipe
 from calib.transforms import FoldProducer, FoldTarget, SiteTransform, tolerance_for, undone_on_failure
 
 TRANSFORMING = ("os+", "smoothquant", "awq", "hadamard", "rotate")
-Status = Literal["transformed", "quantized", "excluded"]
+Status = Literal["transformed", "quantized", "factored", "excluded"]
 
 
 @dataclass
 class Entry:
-    """One Linear. site: its class; fold: what absorbs the transform ("input_layernorm: scale", "fused: shift")."""
+    """One Linear. site: its class; fold: what absorbs the transform ("input_layernorm: scale", "fused: shift"). rank:
+    of its two factors; ``factored``: they stay float."""
 
     name: str
     shape: tuple[int, int]
@@ -37,6 +38,7 @@ class Entry:
     fold: str = ""
     reason: str = ""
     bits: float = 32.0  # stored bits a weight, scales included
+    rank: int | None = None
 
 
 @dataclass
@@ -66,11 +68,12 @@ class Plan:
         return [e.name for e in self.entries.values() if e.status != "excluded"]
 
     def summary(self) -> dict[str, Any]:
-        """{transformed, quantized, excluded: {name: reason}}; quantized counts every quantized Linear."""
+        """{transformed, quantized, factored, excluded: {name: reason}}; quantized counts every quantized Linear."""
         entries = self.entries.values()
         return {
             "transformed": sum(e.status == "transformed" for e in entries),
-            "quantized": sum(e.status != "excluded" for e in entries),
+            "quantized": sum(e.status in ("transformed", "quantized") for e in entries),
+            "factored": sum(e.rank is not None for e in entries),
             "excluded": {e.name: e.reason for e in entries if e.status == "excluded"},
             "notes": list(self.notes),
         }
@@ -223,9 +226,10 @@ def settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe:
         elif any(name.endswith("." + path) for path in site.routers):
             entry.reason = "its output chooses experts"
         else:
-            _check_groups(name, shape, recipe.scheme.weights)
-            entry.status = "quantized"
-            entry.bits = bits_per_weight(shape, recipe.scheme.weights)
+            if recipe.scheme.rounds:
+                _check_groups(name, shape, recipe.scheme.weights)
+                entry.bits = bits_per_weight(shape, recipe.scheme.weights)
+            entry.status = "quantized" if recipe.scheme.rounds else "factored"
             if transforming:
                 entry.fold = planned_fold(site, recipe)
                 entry.status = "transformed" if entry.fold else "quantized"

@@ -2,22 +2,30 @@
 
 from calib.nn.activation import ActivationQuantizer
 from calib.nn.attention import AttentionFormat, attention_modules, route_attention
+from calib.nn.basis_linear import BasisLinear
 from calib.nn.describe import describe_linear, linear_group, quant_linear
 from calib.nn.hadamard import best_block, block_hadamard, hadamard_matrix
-from calib.nn.linear import QuantLinear, StandsForWeight
+from calib.nn.linear import CalledAsWeight, QuantLinear
+from calib.nn.low_rank import LowRankLinear, changed_linears, float_linear
 from calib.nn.prefix import Prefix, StatelessCache
+from calib.nn.side_branch import SideBranch
 
 __all__ = [
     "ActivationQuantizer",
     "AttentionFormat",
+    "BasisLinear",
+    "CalledAsWeight",
+    "LowRankLinear",
     "Prefix",
     "QuantLinear",
-    "StandsForWeight",
+    "SideBranch",
     "StatelessCache",
     "attention_modules",
     "best_block",
     "block_hadamard",
+    "changed_linears",
     "describe_linear",
+    "float_linear",
     "hadamard_matrix",
     "linear_group",
     "quant_linear",

@@ -1,4 +1,4 @@
-"""A QuantLinear's format as JSON values, and back."""
+"""The format of a linear that calib made, as JSON values, and back."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from torch import nn
 from calib.errors import ModelError
 from calib.nn.activation import ActivationQuantizer
 from calib.nn.linear import QuantLinear
+from calib.nn.low_rank import LowRankLinear
+from calib.nn.side_branch import SideBranch
 from calib.quantizers import AffineSpec
 
 
-def describe_linear(module: QuantLinear) -> dict[str, Any]:
+def describe_linear(module: QuantLinear | LowRankLinear) -> dict[str, Any]:
     """One group entry, without its targets."""
-    quantizer = module.input
-    return linear_group(
+    if isinstance(module, LowRankLinear):
+        parts = {"down": module.down, "up": module.up}
+        forms = {name: describe_linear(m) if isinstance(m, QuantLinear) else None for name, m in parts.items()}
+        return {"rank": module.rank, **forms, "bias": module.bias is not None}
+    quantizer, side = module.input, module.side
+    group = linear_group(
         module.weight_spec,
         quantizer.spec,
         bias=module.bias is not None,
@@ -27,6 +33,7 @@ def describe_linear(module: QuantLinear) -> dict[str, Any]:
         hadamard=quantizer.hadamard,
         float_rows=quantizer.float_rows,
     )
+    return group if side is None else {**group, "side": {"rank": side.rank, "bits": side.bits}}
 
 
 def linear_group(
@@ -51,22 +58,40 @@ def linear_group(
     }
 
 
-def quant_linear(stock: nn.Module, group: Mapping[str, Any], name: str, dtype: torch.dtype) -> QuantLinear:
-    """An empty QuantLinear of the described format, shaped like a Linear. Raises ModelError where it does not fit."""
+def quant_linear(
+    stock: nn.Module, group: Mapping[str, Any], name: str, dtype: torch.dtype
+) -> QuantLinear | LowRankLinear:
+    """An empty linear of the described format, shaped like a Linear. Raises ModelError where it does not fit."""
     try:
-        weights = AffineSpec(**group["weights"])
-        spec = None if group["input"] is None else AffineSpec(**group["input"])
         n_in, n_out = int(stock.in_features), int(stock.out_features)  # type: ignore[arg-type]
-        quantizer = ActivationQuantizer(
-            spec,
-            n_in,
-            shift=group["shift"],
-            rescale=group["rescale"],
-            hadamard=group["hadamard"],
-            float_rows=group["float_rows"],
+        if "rank" not in group:
+            return _quantized(n_in, n_out, group, dtype)
+        rank = int(group["rank"])
+        return LowRankLinear(
+            _part(n_in, rank, group["down"], False, dtype), _part(rank, n_out, group["up"], group["bias"], dtype)
         )
-        return QuantLinear(n_in, n_out, weights, quantizer, group["bias"], dtype)
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"quantization_config does not fit {name}: {error}", "install the calib that wrote it"
         ) from error
+
+
+def _part(n_in: int, n_out: int, group: Mapping[str, Any] | None, bias: bool, dtype: torch.dtype) -> nn.Module:
+    """One factor: float without a group."""
+    return nn.Linear(n_in, n_out, bias=bias, dtype=dtype) if group is None else _quantized(n_in, n_out, group, dtype)
+
+
+def _quantized(n_in: int, n_out: int, group: Mapping[str, Any], dtype: torch.dtype) -> QuantLinear:
+    spec = None if group["input"] is None else AffineSpec(**group["input"])
+    quantizer = ActivationQuantizer(
+        spec,
+        n_in,
+        shift=group["shift"],
+        rescale=group["rescale"],
+        hadamard=group["hadamard"],
+        float_rows=group["float_rows"],
+    )
+    module = QuantLinear(n_in, n_out, AffineSpec(**group["weights"]), quantizer, group["bias"], dtype)
+    if (side := group.get("side")) is not None:
+        module.side = SideBranch(n_in, n_out, side["rank"], side["bits"], dtype)
+    return module

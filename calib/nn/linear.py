@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from calib.errors import InputError
 from calib.nn import kernels
 from calib.nn.activation import ActivationQuantizer, apply_keeping_dtypes
+from calib.nn.side_branch import SideBranch
 from calib.quantizers import AffineSpec, decode, encode, pack, packed_width, qparams, unpack, weight_range
 
 Mode = Literal["packed", "fake", "float"]
 
 
-class StandsForWeight(nn.Module):
-    """A module that may stand where a bare weight stood: F.linear(x, module) calls it (experts, see model/linears)."""
+class CalledAsWeight:
+    """F.linear(x, module) calls the module: for experts kept as parameters, see model/linears."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -27,16 +28,17 @@ class StandsForWeight(nn.Module):
         given = dict(zip(("input", "weight", "bias"), args, strict=False), **(kwargs or {}))
         if not isinstance(given["weight"], cls):
             return NotImplemented
-        y = given["weight"](given["input"])
+        y = given["weight"](given["input"])  # type: ignore[operator]
         return y if given.get("bias") is None else y + given["bias"]
 
 
-class QuantLinear(StandsForWeight):
+class QuantLinear(CalledAsWeight, nn.Module):
     """y = Q_a(x) Q_w(W)^T + b.
 
     Buffers are the checkpoint: ``weight`` int8 [out, in] at 8 bits, else ``weight_packed`` int32 [out,
     words]; ``weight_scale`` fp32 and ``weight_zero_point`` int32 (asymmetric only) of shape [1], [out, 1] or
-    [out, in/g, 1]; ``bias`` fp32 or model dtype [out]; ``input.*`` of ActivationQuantizer. ``mode`` 'packed'
+    [out, in/g, 1]; ``bias`` fp32 or model dtype [out]; ``input.*`` of ActivationQuantizer; ``side.*`` of a SideBranch,
+    which takes the transformed input in floats and adds to the result in every mode. ``mode`` 'packed'
     runs the fastest kernel this machine has for the format, 'fake' the arithmetic that defines the same result
     (see kernels.py), 'float' F.linear on decoded values: rounded otherwise in the last bit, as other programs
     simulate it, and the only one that records gradients ('fake' turns to it for an input that needs one). What
@@ -77,6 +79,7 @@ class QuantLinear(StandsForWeight):
         zero_point = None if weight_spec.symmetric else torch.zeros(shape, dtype=torch.int32)
         self.register_buffer("weight_zero_point", zero_point)
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
+        self.side: SideBranch | None = None
         self.mode: Mode = "fake"
         self._kernel: kernels.Kernel | None = None
 
@@ -157,8 +160,10 @@ class QuantLinear(StandsForWeight):
         wants_gradient = self.mode == "fake" and x.requires_grad and torch.is_grad_enabled()
         if self.mode == "float" or wants_gradient:
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return F.linear(self.input(x), self.dequantize().to(x.dtype), bias)
-        return self.kernel(x)
+            y = F.linear(self.input(x), self.dequantize().to(x.dtype), bias)
+        else:
+            y = self.kernel(x)
+        return y if self.side is None else y + self.side(self.input.transform(x))
 
     def _forget(self) -> None:
         self._kernel = None

@@ -1,23 +1,45 @@
 """The mathematics: tensors in, tensors out. Knows no modules and no files."""
 
 from calib.solvers.awq import awq_scale, search_power
+from calib.solvers.basis import (
+    TRUNCATIONS,
+    Bases,
+    InputStatistics,
+    bases,
+    choose_ranks,
+    refit,
+    svd_llm_bases,
+    uniform_ranks,
+)
+from calib.solvers.compensate import COMPENSATIONS, error_bases, loftq
 from calib.solvers.gptq import gptq
 from calib.solvers.objective import LinearObjective, quantize_input, quantize_weight
 from calib.solvers.os_plus import Search, midpoint, rank_coarse, scale_for, search_exhaustive, search_fast
 from calib.solvers.smoothquant import smoothing_scale
 
 __all__ = [
+    "COMPENSATIONS",
+    "TRUNCATIONS",
+    "Bases",
+    "InputStatistics",
     "LinearObjective",
     "Search",
     "awq_scale",
+    "bases",
+    "choose_ranks",
+    "error_bases",
     "gptq",
+    "loftq",
     "midpoint",
     "quantize_input",
     "quantize_weight",
     "rank_coarse",
+    "refit",
     "scale_for",
     "search_exhaustive",
     "search_fast",
     "search_power",
     "smoothing_scale",
+    "svd_llm_bases",
+    "uniform_ranks",
 ]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.nn import QuantLinear, StandsForWeight
+from calib.nn import CalledAsWeight, QuantLinear
 from calib.quantizers import grouped
 
 INSIDE = 0.49  # how far from its code a weight may lie at the start
@@ -22,7 +22,7 @@ FACTORS = (0.7, 1.2)  # of a scale
 OFFSET_RATE, FACTOR_RATE = 0.1, 0.03  # a tenth of AutoRound's: the start is a solver's, and large steps leave it
 
 
-class LearnedLinear(StandsForWeight):
+class LearnedLinear(CalledAsWeight, nn.Module):
     """Stands in for a QuantLinear while its codes are learned; straight-through gradients.
 
     weight [m, n] float, of transformed input. offset v [m, n] in [-0.5, 0.5] and factor f (shaped like the scale) give
@@ -50,7 +50,9 @@ class LearnedLinear(StandsForWeight):
     def forward(self, x: Tensor) -> Tensor:
         weight = (self._codes() - self.zero) * (self.scale * self.factor)
         module = self.module
-        return F.linear(_quantized(module, x), weight.view(self.shape), module.bias)
+        moved = module.input.transformed(x)
+        y = F.linear(_on_grid(module, moved), weight.view(self.shape), module.bias)
+        return y if module.side is None else y + module.side(moved)
 
     @torch.no_grad()
     def descend(self, rate: float) -> None:
@@ -71,10 +73,9 @@ class LearnedLinear(StandsForWeight):
         return self.module
 
 
-def _quantized(module: QuantLinear, x: Tensor) -> Tensor:
-    """What the module's input grid makes of x; gradients pass where a static range does not clip."""
+def _on_grid(module: QuantLinear, moved: Tensor) -> Tensor:
+    """The module's input grid on its transformed input; gradients pass where a static range does not clip."""
     quantizer = module.input
-    moved = quantizer.transformed(x)
     if quantizer.spec is None:
         return moved
     with torch.no_grad():
