@@ -20,8 +20,22 @@ class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Override(_Data):
+    """Another weight format for the Linears in whose full names the regular expression ``rule`` is found."""
+
+    rule: str
+    weights: AffineSpec
+
+    @field_validator("rule")
+    @classmethod
+    def _compiles(cls, rule: str) -> str:
+        _check_rule("override", rule)
+        return rule
+
+
 class Scheme(_Data):
-    """Number formats. ``exclude``/``include``: regular expressions on full module names of Linears.
+    """Number formats. ``exclude``: regular expressions on full module names of Linears that stay float; ``overrides``:
+    of those with another weight format, the first that matches.
 
     attention: format of q, k, v and the probabilities as they enter the attention matmuls; kv: format of the keys and
     values in the cache. Both dynamic, off by default.
@@ -33,10 +47,27 @@ class Scheme(_Data):
     attention: AffineSpec | None = None
     kv: AffineSpec | None = None
     exclude: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
 
     @property
     def static(self) -> bool:
         return self.inputs is not None and not self.inputs.dynamic
+
+    def override_of(self, name: str) -> Override | None:
+        """The first rule that matches a Linear's full name."""
+        return next((each for each in self.overrides if re.search(each.rule, name)), None)
+
+    def weights_of(self, name: str) -> AffineSpec:
+        """The weight format of the Linear of that full name."""
+        found = self.override_of(name)
+        return self.weights if found is None else found.weights
+
+
+def _check_rule(kind: str, rule: str) -> None:
+    try:
+        re.compile(rule)
+    except re.error as error:
+        raise InputError(f"{kind} rule {rule!r} is not a regular expression ({error})", "fix the pattern") from error
 
 
 def _weights(bits: int) -> AffineSpec:
@@ -120,7 +151,8 @@ def scheme(name: str | Scheme, **changes: object) -> Scheme:
 
     changes: ``weight_bits``, ``weight_group`` (0: per channel), ``weight_symmetric``, ``weight_range``, ``input_bits``,
     ``input_symmetric``, ``input_granularity`` ('tensor', 'token'), ``input_range``, ``attention_bits``, ``kv_bits``,
-    ``exclude``; None leaves the preset's value.
+    ``exclude``, ``overrides`` (Override, or pairs of a rule and an AffineSpec or the name of the preset whose weight
+    format is meant); None leaves the preset's value.
     """
     if isinstance(name, Scheme):
         base = name
@@ -152,17 +184,21 @@ def scheme(name: str | Scheme, **changes: object) -> Scheme:
             update[target] = AffineSpec(bits, symmetric=False, granularity="token", dynamic=True)
     if "exclude" in given:
         update["exclude"] = tuple(given.pop("exclude"))  # type: ignore[arg-type]
+    if "overrides" in given:
+        update["overrides"] = tuple(_override(each) for each in given.pop("overrides"))  # type: ignore[attr-defined]
     if given:
         raise InputError(f"unknown scheme options {sorted(given)}", "see calib.recipe.scheme")
     result = base.model_copy(update=update)
     for rule in result.exclude:
-        try:
-            re.compile(rule)
-        except re.error as error:
-            raise InputError(
-                f"exclude rule {rule!r} is not a regular expression ({error})", "fix the pattern"
-            ) from error
+        _check_rule("exclude", rule)
     return result
+
+
+def _override(given: Override | tuple[str, AffineSpec | str]) -> Override:
+    if isinstance(given, Override):
+        return given
+    rule, weights = given
+    return Override(rule=rule, weights=scheme(weights).weights if isinstance(weights, str) else weights)
 
 
 CHOICES = {"granularity": ("tensor", "channel", "token"), "range": ("minmax", "mse", "percentile")}

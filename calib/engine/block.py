@@ -18,6 +18,7 @@ from calib.errors import NumericsError
 from calib.methods import ShiftScale, SiteMethod, WeightMethod
 from calib.model import Call, HiddenList, Plan, is_finite, observing
 from calib.nn import AttentionFormat, QuantLinear, attention_modules
+from calib.quantizers import AffineSpec
 from calib.recipe import Recipe
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
 
@@ -52,7 +53,14 @@ class BlockCalibration:
                 raise NumericsError(f"weight {name}.{parameter} holds NaN or inf", "repair the checkpoint")
         self.wanted = {path for path in plan.quantized() if path.startswith(name + ".")}
         self.states = [
-            SiteState(block, site, recipe, whole=all(map(self._planned, site.consumers)), gram=rounding is not None)
+            SiteState(
+                block,
+                site,
+                recipe,
+                [recipe.scheme.weights_of(f"{name}.{path}") for path in site.consumers],
+                whole=all(map(self._planned, site.consumers)),
+                gram=rounding is not None,
+            )
             for site in plan.blocks[name].sites
             if any(map(self._planned, site.consumers))
         ]
@@ -156,13 +164,17 @@ class BlockCalibration:
             inside = {
                 p: m for p in group if self._planned(p) and isinstance(m := self.block.get_submodule(p), nn.Linear)
             }
-            rounded = self._round(inside, moments.gram)
+            spec_of = {path: self.recipe.scheme.weights_of(f"{self.name}.{path}") for path in inside}
+            rounded: dict[str, dict[str, Tensor]] = {}
+            for spec in dict.fromkeys(spec_of.values()):
+                same = {path: linear for path, linear in inside.items() if spec_of[path] == spec}
+                rounded |= self._round(same, moments.gram, spec)
             importance = moments.second_moment.float() if moments.count else None
             for path, linear in inside.items():
                 module = QuantLinear.from_float(
                     linear.weight.detach(),
                     None if linear.bias is None else linear.bias.detach(),
-                    self.recipe.scheme.weights,
+                    spec_of[path],
                     copy.deepcopy(quantizer),
                     importance=importance,
                     **rounded.get(path, {}),
@@ -177,11 +189,13 @@ class BlockCalibration:
             **state.detail,
         }
 
-    def _round(self, linears: Mapping[str, nn.Linear], gram: Tensor | None) -> dict[str, dict[str, Tensor]]:
-        """The rounding method's codes for Linears of one input, solved together where no range spans them."""
+    def _round(
+        self, linears: Mapping[str, nn.Linear], gram: Tensor | None, spec: AffineSpec
+    ) -> dict[str, dict[str, Tensor]]:
+        """The rounding method's codes for Linears of one input and format, together where no range spans them."""
         if self.rounding is None or gram is None or not linears:
             return {}
-        spec, method = self.recipe.scheme.weights, self.rounding
+        method = self.rounding
         weights = [linear.weight.detach() for linear in linears.values()]
         if spec.granularity == "tensor":
             solved = [method.quantize(w, gram, spec, self.recipe) for w in weights]

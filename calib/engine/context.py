@@ -80,12 +80,15 @@ class ContextObjective:
         self.buffers = other.buffers
 
     def prepare(
-        self, shift: Tensor | None, lo: Tensor, hi: Tensor, inputs: AffineSpec | None, weights: AffineSpec
+        self, shift: Tensor | None, lo: Tensor, hi: Tensor, inputs: AffineSpec | None, weights: Sequence[AffineSpec]
     ) -> Loss:
-        """loss(s) for inputs shifted by z; lo, hi [n]: their channel extremes."""
+        """loss(s) for inputs shifted by z; lo, hi [n]: their channel extremes; weights: the format of each consumer."""
         target: list[Tensor] = []  # computed when first asked for: most variants are ranked on few tokens only
         shared = _SharedInput(shift, lo, hi, inputs, self.buffers)
-        consumers = [_Consumer(linear, shift, inputs, weights, self.buffers) for linear in self.consumers]
+        consumers = [
+            _Consumer(linear, shift, inputs, spec, self.buffers)
+            for linear, spec in zip(self.consumers, weights, strict=True)
+        ]
 
         def loss(scale: Tensor) -> float:
             with torch.no_grad(), contextlib.ExitStack() as undo:

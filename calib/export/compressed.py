@@ -71,7 +71,8 @@ def refusals(recipe: Recipe, dtype: torch.dtype, rewrites: Sequence[Mapping[str,
     plan's rewrites. Biases that a class lacks, and inputs that are not [batch, tokens, channels], show later.
     """
     scheme = recipe.scheme
-    reasons = _format_reasons(scheme.weights, scheme.inputs)
+    formats = dict.fromkeys([scheme.weights, *(each.weights for each in scheme.overrides)])
+    reasons = list(dict.fromkeys(reason for weights in formats for reason in _format_reasons(weights, scheme.inputs)))
     if recipe.float_rows:
         reasons.append(FLOAT_ROWS)
     if scheme.attention is not None or scheme.kv is not None:

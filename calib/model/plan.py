@@ -180,8 +180,10 @@ def _settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe
         for site in block.sites
         for path in site.consumers
     }
-    rules = {rule: re.compile(rule) for rule in recipe.scheme.exclude}
+    scheme = recipe.scheme
+    rules = {rule: re.compile(rule) for rule in scheme.exclude}
     hits = dict.fromkeys(rules, 0)
+    overridden = dict.fromkeys((each.rule for each in scheme.overrides), 0)
     shared = _shared_weights(model)
     transforming = any(m.partition(":")[0] in ("os+", "smoothquant", "hadamard") for m in recipe.methods)
     for name, linear in found.items():
@@ -200,9 +202,12 @@ def _settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe
         elif any(name.endswith("." + path) for path in site.routers):
             entry.reason = "its output chooses experts"
         else:
-            _check_groups(name, shape, recipe.scheme.weights)
+            if (override := scheme.override_of(name)) is not None:
+                overridden[override.rule] += 1
+            weights = scheme.weights_of(name)
+            _check_groups(name, shape, weights)
             entry.status = "quantized"
-            entry.bits = bits_per_weight(shape, recipe.scheme.weights)
+            entry.bits = bits_per_weight(shape, weights)
             if transforming:
                 entry.fold = planned_fold(site, recipe)
                 entry.status = "transformed" if entry.fold else "quantized"
@@ -215,6 +220,12 @@ def _settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe
             raise InputError(f"exclude rule {rule!r} matches no linear layer", f"names look like {next(iter(found))}")
     if not plan.quantized():
         raise InputError("nothing is left to quantize", "relax the exclude rules")
+    for rule, count in overridden.items():
+        if not count:
+            raise InputError(
+                f"override rule {rule!r} changes no quantized linear layer",
+                f"names look like {plan.quantized()[0]}; of several rules that match, the first counts",
+            )
 
 
 def planned_fold(site: Site, recipe: Recipe) -> str:

@@ -65,8 +65,9 @@ def stored(bones: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Stored:
             continue
         size = item if tensor.is_floating_point() else tensor.element_size()
         out[name] = (HEADER.get(size, "I64") if tensor.is_floating_point() else "I64", size, tuple(tensor.shape))
-    spec, inputs = recipe.scheme.weights, recipe.scheme.inputs
+    inputs = recipe.scheme.inputs
     for name in planned:
+        spec = recipe.scheme.weights_of(name)
         entry, linear = bones.plan.entries[name], bones.model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         m, n = entry.shape
