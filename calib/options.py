@@ -78,6 +78,9 @@ class RecipeOptions:
     inputs: Annotated[str, Option(help="Calibrate a block on quantized or float outputs of those before it.")] = (
         "quantized"
     )
+    bias_correction: Annotated[
+        bool, Option("--bias-correction", help="Make good in the biases what rounding moves the mean output by.")
+    ] = False
     float_rows: Annotated[
         float, Option(min=0.0, max=1.0, help="Share of rows left out of static ranges and run in float.")
     ] = 0.0
@@ -97,6 +100,7 @@ class RecipeOptions:
             "objective": one_of("objective", self.objective, ("context", "output")),
             "inputs": one_of("inputs", self.inputs, ("quantized", "float")),
             "damp": self.damp,
+            "bias_correction": self.bias_correction,
             "float_rows": self.float_rows,
             "prefix": _prefix(self.prefix, model),
         }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from calib.errors import InputError
-from calib.quantizers import AffineSpec
+from calib.quantizers import AffineSpec, AnyWeight, DualBinarySpec, LevelSpec, WeightSpec
 
 SiteChoice = Literal["norm", "vo", "updown", "fc", "fused"]
 FOLDS: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
@@ -24,7 +24,7 @@ class Override(_Data):
     """Another weight format for the Linears in whose full names the regular expression ``rule`` is found."""
 
     rule: str
-    weights: AffineSpec
+    weights: WeightSpec
 
     @field_validator("rule")
     @classmethod
@@ -42,7 +42,7 @@ class Scheme(_Data):
     """
 
     name: str
-    weights: AffineSpec
+    weights: WeightSpec
     inputs: AffineSpec | None = None
     attention: AffineSpec | None = None
     kv: AffineSpec | None = None
@@ -57,7 +57,7 @@ class Scheme(_Data):
         """The first rule that matches a Linear's full name."""
         return next((each for each in self.overrides if re.search(each.rule, name)), None)
 
-    def weights_of(self, name: str) -> AffineSpec:
+    def weights_of(self, name: str) -> AnyWeight:
         """The weight format of the Linear of that full name."""
         found = self.override_of(name)
         return self.weights if found is None else found.weights
@@ -83,6 +83,13 @@ def _tensor(bits: int) -> AffineSpec:
 
 
 GROUP64 = AffineSpec(4, symmetric=True, granularity="group", group_size=64, range="mse")
+LOW_BIT: dict[str, AnyWeight] = {  # the grid with the least error at each size, in groups of 64
+    "w1{}": LevelSpec(kind="binary", levels=2, granularity="group", group_size=64),
+    "w1.58{}": LevelSpec(kind="seq", levels=3, granularity="group", group_size=64),
+    "w2{}": LevelSpec(kind="seq", levels=4, granularity="group", group_size=64),
+    "w2{}-fdb": DualBinarySpec(granularity="group", group_size=64),
+    "w3{}": LevelSpec(kind="seq", levels=8, granularity="group", group_size=64),
+}
 SCHEMES: dict[str, Scheme] = {
     "w8a8": Scheme(name="w8a8", weights=_weights(8), inputs=_token(8)),
     "w8a8-static": Scheme(name="w8a8-static", weights=_weights(8), inputs=_tensor(8)),
@@ -93,6 +100,11 @@ SCHEMES: dict[str, Scheme] = {
     "w4a4": Scheme(name="w4a4", weights=_weights(4), inputs=_token(4)),
     "w4a4-static": Scheme(name="w4a4-static", weights=_weights(4), inputs=_tensor(4)),
     "w4a16": Scheme(name="w4a16", weights=GROUP64),
+    **{
+        name.format(acts): Scheme(name=name.format(acts), weights=weights, inputs=inputs)
+        for name, weights in LOW_BIT.items()
+        for acts, inputs in (("a16", None), ("a8", _token(8)))
+    },
 }
 
 
@@ -105,6 +117,7 @@ class Recipe(_Data):
     objective: os+ judges q, k, v by the attention context and gate, up by their product (``context``), or all by the
     plain output of its linears (``output``).
     prefix: ``auto`` looks for massive first-token activations under static grids; ``none``; or the token ids.
+    bias_correction: add what rounding the weights moves the mean output by to the biases.
     float_rows: share of rows (the largest) that a static range leaves out and that run in float; 0 is off.
     inputs: whether a block is calibrated on what the quantized blocks before it produce, or on float.
     """
@@ -119,6 +132,7 @@ class Recipe(_Data):
     prefix: Literal["auto", "none"] | tuple[int, ...] = "auto"
     float_rows: float = Field(0.0, ge=0, lt=1)
     inputs: Literal["quantized", "float"] = "quantized"
+    bias_correction: bool = False
     samples: int = 128
     seq_len: int = 512
     batch_size: int = 8
@@ -151,7 +165,7 @@ def scheme(name: str | Scheme, **changes: object) -> Scheme:
 
     changes: ``weight_bits``, ``weight_group`` (0: per channel), ``weight_symmetric``, ``weight_range``, ``input_bits``,
     ``input_symmetric``, ``input_granularity`` ('tensor', 'token'), ``input_range``, ``attention_bits``, ``kv_bits``,
-    ``exclude``, ``overrides`` (Override, or pairs of a rule and an AffineSpec or the name of the preset whose weight
+    ``exclude``, ``overrides`` (Override, or pairs of a rule and a weight format or the name of the preset whose weight
     format is meant); None leaves the preset's value.
     """
     if isinstance(name, Scheme):
@@ -194,7 +208,7 @@ def scheme(name: str | Scheme, **changes: object) -> Scheme:
     return result
 
 
-def _override(given: Override | tuple[str, AffineSpec | str]) -> Override:
+def _override(given: Override | tuple[str, AnyWeight | str]) -> Override:
     if isinstance(given, Override):
         return given
     rule, weights = given
@@ -204,8 +218,12 @@ def _override(given: Override | tuple[str, AffineSpec | str]) -> Override:
 CHOICES = {"granularity": ("tensor", "channel", "token"), "range": ("minmax", "mse", "percentile")}
 
 
-def _changed(spec: AffineSpec, field: str, value: object) -> AffineSpec:
-    if field in CHOICES and value not in CHOICES[field]:
+def _changed(spec: Any, field: str, value: object) -> Any:
+    if not isinstance(spec, AffineSpec) and field not in ("group", "range"):
+        raise InputError(f"the {spec.kind} grid has no {field} to change", "choose an affine scheme, e.g. w4a16")
+    if field == "range" and not isinstance(spec, AffineSpec):
+        value = {"minmax": "published"}.get(str(value), value)
+    elif field in CHOICES and value not in CHOICES[field]:
         raise InputError(f"unknown {field} {value!r}", f"use {', '.join(CHOICES[field])}")
     if field == "group":
         if not value:

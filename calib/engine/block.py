@@ -18,8 +18,9 @@ from calib.errors import NumericsError
 from calib.methods import ShiftScale, SiteMethod, WeightMethod
 from calib.model import Call, HiddenList, Plan, is_finite, observing
 from calib.nn import AttentionFormat, QuantLinear, attention_modules
-from calib.quantizers import AffineSpec
+from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
+from calib.solvers import bias_correction
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
 
 
@@ -179,6 +180,9 @@ class BlockCalibration:
                     importance=importance,
                     **rounded.get(path, {}),
                 )
+                if self.recipe.bias_correction:
+                    added = bias_correction(linear.weight, module.dequantize(), moments.mean).to(module.dtype)
+                    module.bias = added if module.bias is None else module.bias + added
                 self.block.set_submodule(path, module)
         self.record[f"{self.name}.{state.target.name}"] = {
             "site": state.site.kind,
@@ -190,7 +194,7 @@ class BlockCalibration:
         }
 
     def _round(
-        self, linears: Mapping[str, nn.Linear], gram: Tensor | None, spec: AffineSpec
+        self, linears: Mapping[str, nn.Linear], gram: Tensor | None, spec: AnyWeight
     ) -> dict[str, dict[str, Tensor]]:
         """The rounding method's codes for Linears of one input and format, together where no range spans them."""
         if self.rounding is None or gram is None or not linears:

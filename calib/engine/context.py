@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.model import Site
-from calib.quantizers import AffineSpec
+from calib.quantizers import AffineSpec, AnyWeight
 from calib.solvers import quantize_input, quantize_weight
 from calib.solvers.objective import Encoded, InputCodes, Scratch, WeightCodes, encoded, product, takes_integers
 
@@ -80,7 +80,7 @@ class ContextObjective:
         self.buffers = other.buffers
 
     def prepare(
-        self, shift: Tensor | None, lo: Tensor, hi: Tensor, inputs: AffineSpec | None, weights: Sequence[AffineSpec]
+        self, shift: Tensor | None, lo: Tensor, hi: Tensor, inputs: AffineSpec | None, weights: Sequence[AnyWeight]
     ) -> Loss:
         """loss(s) for inputs shifted by z; lo, hi [n]: their channel extremes; weights: the format of each consumer."""
         target: list[Tensor] = []  # computed when first asked for: most variants are ranked on few tokens only
@@ -163,7 +163,7 @@ class _Consumer:
         linear: nn.Module,
         shift: Tensor | None,
         inputs: AffineSpec | None,
-        weights: AffineSpec,
+        weights: AnyWeight,
         buffers: _Buffers,
     ) -> None:
         assert isinstance(linear, nn.Linear)
@@ -179,6 +179,7 @@ class _Consumer:
         if not self.integer:
             weight = quantize_weight(self.linear.weight * scale, self.weights)
             return lambda x: F.linear(shared.floats(x), weight, self.bias)
+        assert isinstance(self.weights, AffineSpec)
         codes = self.buffers.codes_of(self.linear, self.weights)(self.linear.weight, scale)
 
         def forward(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from calib.model import Site, takes_rotation, target_of
 from calib.nn import ActivationQuantizer, block_hadamard
 from calib.observers import Moments, Quantile, Range, RowSample, ranks, row_blocks
 from calib.observers.quantile import ENOUGH
-from calib.quantizers import AffineSpec, qparams, tensor_range
+from calib.quantizers import AffineSpec, AnyWeight, qparams, tensor_range
 from calib.recipe import Recipe
 from calib.solvers import LinearObjective
 from calib.transforms import SiteTransform
@@ -29,7 +29,7 @@ class SiteState:
     """Statistics of one site (per input tensor: experts have several) and its live transform."""
 
     def __init__(
-        self, block: nn.Module, site: Site, recipe: Recipe, weights: Sequence[AffineSpec], whole: bool, gram: bool
+        self, block: nn.Module, site: Site, recipe: Recipe, weights: Sequence[AnyWeight], whole: bool, gram: bool
     ) -> None:
         """weights: the format of each consumer. whole: all of them are quantized. gram: keep Gram matrices."""
         self.site, self.block, self.recipe, self.weights, self.whole = site, block, recipe, weights, whole
@@ -40,7 +40,7 @@ class SiteState:
         self.sample = RowSample(n, EXACT_ROWS, seed=recipe.seed)
         self.quantile = Quantile()
         self.moments = [Moments(n, gram) for _ in site.groups]
-        self.needs_moments = gram or any(spec.range == "mse" for spec in weights)
+        self.needs_moments = gram or recipe.bias_correction or any(spec.range == "mse" for spec in weights)
         self.tokens = [0] * len(site.groups)
         self.transformed = False
         self.detail: dict[str, Any] = {}
@@ -96,7 +96,7 @@ class SiteState:
         scheme = self.recipe.scheme
 
         @functools.cache
-        def stacked(spec: AffineSpec) -> Tensor:  # where the context is judged it is not needed
+        def stacked(spec: AnyWeight) -> Tensor:  # where the context is judged it is not needed
             same = [c.weight for c, own in zip(consumers, self.weights, strict=True) if own == spec]
             return torch.cat(same).detach()
 

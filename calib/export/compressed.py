@@ -23,7 +23,7 @@ from calib.export.checkpoint import plain_config, require_transformers, state, s
 from calib.export.files import Finish, finished, nbytes, staged
 from calib.model import Resident
 from calib.nn import Prefix, QuantLinear
-from calib.quantizers import AffineSpec, pack
+from calib.quantizers import AffineSpec, AnyWeight, pack
 from calib.recipe import Recipe
 
 FORMAT = "compressed-tensors"
@@ -110,9 +110,11 @@ def _module_reasons(module: QuantLinear, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-def _format_reasons(weights: AffineSpec, spec: AffineSpec | None) -> list[str]:
+def _format_reasons(weights: AnyWeight, spec: AffineSpec | None) -> list[str]:
     """Why it cannot hold these weight and input formats."""
     reasons = []
+    if not isinstance(weights, AffineSpec) and weights.kind != "lsq":  # those levels are integers from the lowest code
+        return [f"weights on a {weights.kind} grid"]
     if spec is None:
         if not weights.symmetric and weights.granularity != "tensor":
             # transformers 5.23 expects unpacked what compressed-tensors 0.20 packs: its own files fail too
@@ -268,14 +270,14 @@ def quantization_config(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _args(spec: AffineSpec) -> dict[str, Any]:
+def _args(spec: AnyWeight) -> dict[str, Any]:
     return {
-        "num_bits": spec.bits,
+        "num_bits": int(spec.bits),
         "type": "int",
         "symmetric": spec.symmetric,
         "strategy": spec.granularity,
         "group_size": spec.group_size,
-        "dynamic": spec.dynamic,
+        "dynamic": isinstance(spec, AffineSpec) and spec.dynamic,
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from calib.quantizers import AffineSpec
+from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
 
 Loss = Callable[[Tensor], float]
@@ -58,5 +58,5 @@ class WeightMethod(Protocol):
     name: str
 
     def quantize(
-        self, weight: Tensor, gram: Tensor, spec: AffineSpec, recipe: Recipe
+        self, weight: Tensor, gram: Tensor, spec: AnyWeight, recipe: Recipe
     ) -> tuple[Tensor, Tensor, Tensor]: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from calib.quantizers import AffineSpec
+from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
 from calib.solvers import gptq
 
@@ -17,5 +17,5 @@ class GPTQ:
     def __init__(self, value: str = "") -> None:
         del value
 
-    def quantize(self, weight: Tensor, gram: Tensor, spec: AffineSpec, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, weight: Tensor, gram: Tensor, spec: AnyWeight, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
         return gptq(weight, gram, spec, damp=recipe.damp)

@@ -18,10 +18,14 @@ from calib.model.linears import apply_rewrites, find_rewrites, linears, loop_ove
 from calib.model.sites import Site, find_sites
 from calib.model.store import Resident
 from calib.model.trace import record
-from calib.quantizers import AffineSpec, bits_per_weight
+from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
 from calib.transforms import FoldProducer, FoldTarget, SiteTransform, tolerance_for, undone_on_failure
 
+COLLAPSE = (
+    "weights below 2 bits, rounded after training: expect a model that has collapsed, as a start for recovery training "
+    "(distillation from the float model) and not for use"
+)
 Status = Literal["transformed", "quantized", "excluded"]
 
 
@@ -182,7 +186,7 @@ def _settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe
     }
     scheme = recipe.scheme
     rules = {rule: re.compile(rule) for rule in scheme.exclude}
-    hits = dict.fromkeys(rules, 0)
+    hits, fewest = dict.fromkeys(rules, 0), 32.0
     overridden = dict.fromkeys((each.rule for each in scheme.overrides), 0)
     shared = _shared_weights(model)
     transforming = any(m.partition(":")[0] in ("os+", "smoothquant", "hadamard") for m in recipe.methods)
@@ -206,8 +210,9 @@ def _settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe
                 overridden[override.rule] += 1
             weights = scheme.weights_of(name)
             _check_groups(name, shape, weights)
+            fewest = min(fewest, weights.bits)
             entry.status = "quantized"
-            entry.bits = bits_per_weight(shape, weights)
+            entry.bits = weights.bits_per_weight(shape)
             if transforming:
                 entry.fold = planned_fold(site, recipe)
                 entry.status = "transformed" if entry.fold else "quantized"
@@ -220,6 +225,8 @@ def _settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe
             raise InputError(f"exclude rule {rule!r} matches no linear layer", f"names look like {next(iter(found))}")
     if not plan.quantized():
         raise InputError("nothing is left to quantize", "relax the exclude rules")
+    if fewest < 2:
+        plan.notes.append(COLLAPSE)
     for rule, count in overridden.items():
         if not count:
             raise InputError(
@@ -257,7 +264,7 @@ def takes_rotation(site: Site) -> bool:
     return site.kind in ("updown", "fc")
 
 
-def _check_groups(name: str, shape: tuple[int, int], spec: AffineSpec) -> None:
+def _check_groups(name: str, shape: tuple[int, int], spec: AnyWeight) -> None:
     if spec.group_size is not None and shape[1] % spec.group_size:
         raise InputError(
             f"group size {spec.group_size} does not divide the {shape[1]} inputs of {name}",

@@ -12,7 +12,7 @@ from torch import nn
 from calib.errors import ModelError
 from calib.nn.activation import ActivationQuantizer
 from calib.nn.linear import QuantLinear
-from calib.quantizers import AffineSpec
+from calib.quantizers import AffineSpec, AnyWeight, describe_weight, weight_spec
 
 
 def describe_linear(module: QuantLinear) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def describe_linear(module: QuantLinear) -> dict[str, Any]:
 
 
 def linear_group(
-    weights: AffineSpec,
+    weights: AnyWeight,
     inputs: AffineSpec | None,
     *,
     bias: bool,
@@ -41,7 +41,7 @@ def linear_group(
 ) -> dict[str, Any]:
     """What linears of one kind have in common, as JSON values."""
     return {
-        "weights": dataclasses.asdict(weights),
+        "weights": describe_weight(weights),
         "input": None if inputs is None else dataclasses.asdict(inputs),
         "shift": shift,
         "rescale": rescale,
@@ -54,7 +54,7 @@ def linear_group(
 def quant_linear(stock: nn.Module, group: Mapping[str, Any], name: str, dtype: torch.dtype) -> QuantLinear:
     """An empty QuantLinear of the described format, shaped like a Linear. Raises ModelError where it does not fit."""
     try:
-        weights = AffineSpec(**group["weights"])
+        weights = weight_spec(group["weights"])
         spec = None if group["input"] is None else AffineSpec(**group["input"])
         n_in, n_out = int(stock.in_features), int(stock.out_features)  # type: ignore[arg-type]
         quantizer = ActivationQuantizer(

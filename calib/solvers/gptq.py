@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from calib.errors import NumericsError
-from calib.quantizers import AffineSpec, qparams, weight_range
+from calib.quantizers import AnyWeight
+from calib.solvers.grid import weight_params
 
 BLOCK = 128
 
@@ -27,7 +28,7 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
 
 
 def gptq(
-    weight: Tensor, gram: Tensor, spec: AffineSpec, damp: float = 0.01, act_order: bool = True
+    weight: Tensor, gram: Tensor, spec: AnyWeight, damp: float = 0.01, act_order: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [m, n], scale, zero point (shaped as ``weight_range``'s) of weight [m, n]; gram [n, n]: inputs' X^T X.
 
@@ -36,8 +37,9 @@ def gptq(
     """
     n = weight.shape[1]
     energy = gram.diagonal().clone()
-    scale, zero_point = qparams(*weight_range(weight, spec, energy / energy.mean().clamp(min=1e-12)), spec)
-    column_scale, column_zero = _per_column(scale, spec, n), _per_column(zero_point.float(), spec, n)
+    scale, zero_point = weight_params(weight, spec, energy / energy.mean().clamp(min=1e-12))
+    column = spec.with_(granularity="channel", group_size=None)  # the same levels, for one column of scales
+    column_scale, column_zero = (_per_column(params, spec, n) for params in (scale, zero_point))
     gram = gram.clone()
     dead = energy <= 0
     gram[dead, dead] = 1.0
@@ -45,26 +47,26 @@ def gptq(
     factor = inverse_factor(gram[order][:, order], damp)
     rest = weight.float()[:, order].clone()
     steps, zeros = column_scale[:, order], column_zero[:, order]
-    codes = torch.empty_like(rest)
+    codes = torch.empty_like(rest, dtype=torch.int8)
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
         block, errors = rest[:, start:end], torch.zeros_like(rest[:, start:end])
         for i in range(end - start):
-            column, d = block[:, i], factor[start + i, start + i]
-            step, zero = steps[:, start + i], zeros[:, start + i]
-            q = torch.round(column / step).add_(zero).clamp_(spec.qmin, spec.qmax)
-            codes[:, start + i] = q
-            errors[:, i] = (column - (q - zero) * step) / d
+            values, params = block[:, i : i + 1], (steps[:, start + i], zeros[:, start + i])
+            q = column.encode(values, *params)
+            codes[:, start + i] = q[:, 0]
+            errors[:, i] = (values - column.decode(q, *params))[:, 0] / factor[start + i, start + i]
             block[:, i:] -= torch.outer(errors[:, i], factor[start + i, start + i : end])
         rest[:, end:] -= errors @ factor[start:end, end:]
     result = torch.empty_like(codes)
     result[:, order] = codes
-    return result.to(torch.int8), scale, zero_point
+    return result, scale, zero_point
 
 
-def _per_column(values: Tensor, spec: AffineSpec, n: int) -> Tensor:
-    """Scales as [rows, n], one a column."""
-    if spec.granularity == "group":
+def _per_column(params: Tensor, spec: AnyWeight, n: int) -> Tensor:
+    """Scales or zero points as [rows, n, p], those of each column; p: how many a granule has."""
+    if params.dim() == 3:
         assert spec.group_size is not None
-        return values.squeeze(-1).repeat_interleave(spec.group_size, dim=1)
-    return values.reshape(-1, 1).expand(-1, n)
+        return params.repeat_interleave(spec.group_size, dim=1)
+    params = params if params.dim() == 2 else params.reshape(1, 1)  # one for all
+    return params.unsqueeze(1).expand(-1, n, -1)
