@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib.errors import InputError, NumericsError
-from calib.nn import ActivationQuantizer, QuantLinear
+from calib.nn import ActivationQuantizer, QuantLinear, kernels
 from calib.quantizers import (
     AffineSpec,
     AnyWeight,
@@ -368,3 +368,16 @@ def test_allocation_is_the_best_of_all(seed: int, layers: int, share: float) -> 
     assert cost[at, chosen].sum() <= min(cost[at, c].sum() for c in fits) * (1 + 1e-4)
     with pytest.raises(InputError, match="smallest formats"):
         allocate(cost, size, float(size.min(1).sum()) * 0.9)
+
+
+@pytest.mark.parametrize("spec", every(granularity="group", group_size=32), ids=str)
+def test_bf16_rows_on_the_int4_kernel_are_near_the_defining_arithmetic(spec: AnyWeight) -> None:
+    weight = torch.randn(48, 64).bfloat16()
+    linear = QuantLinear.from_float(weight, None, spec, ActivationQuantizer(None, 64))
+    x = torch.randn(3, 64).bfloat16()
+    fake = linear.set_mode("fake")(x).float()
+    packed = linear.set_mode("packed")(x).float()
+    fits = isinstance(spec, LevelSpec) and not (spec.kind == "seq" and spec.levels == 16)  # odd integers up to 15
+    if not kernels._refused("int4", 7):
+        assert linear.kernel.kernel_name == ("int4pack" if fits else "dequantize")
+    assert float((packed - fake).norm() / fake.norm()) < 0.01

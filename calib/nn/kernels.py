@@ -74,7 +74,7 @@ def describe() -> dict[str, str]:
         "w8a8": integer(8, f"u8 activations, scale per row afterwards{single}"),
         "w1..w7, integer activations": integer(7, "weights held as int8 (scales per channel or tensor)"),
         "weights asymmetric, in groups or of two planes": f"{fallback} (the scale changes inside a sum)",
-        "w4a16 in groups, bf16 model": int4 + (f" ({four})" if four else ""),
+        "w1..w4 with float activations in groups of one scale, bf16 model": int4 + (f" ({four})" if four else ""),
         "float activations otherwise": f"{fallback} (torch's int4 and int8 kernels round to bf16)",
     }
 
@@ -211,8 +211,9 @@ def _quantized(quantizer: ActivationQuantizer, x: Tensor) -> tuple[Tensor, Tenso
 def _fits_int4(module: QuantLinear) -> bool:
     spec = module.weight_spec
     return (
-        isinstance(spec, AffineSpec)
-        and (spec.bits, spec.symmetric, module.dtype) == (4, True, torch.bfloat16)
+        spec.integer
+        and (spec.bits == 4 if isinstance(spec, AffineSpec) else spec.levels <= 8 or not spec.odd)
+        and (spec.symmetric, module.dtype) == (True, torch.bfloat16)
         and spec.group_size in INT4_GROUPS
         and module.out_features % 16 == 0
         and module.weight_scale.device.type == "cpu"
@@ -223,7 +224,7 @@ def _fits_int4(module: QuantLinear) -> bool:
 def _int4(module: QuantLinear, reason: str) -> Kernel:
     """Few bf16 rows on ATen's int4 kernel (it rounds scales where 'fake' rounds weights), the rest tiled."""
     quantizer, out, columns, matmul = module.input, module.out_features, module.in_features, _tiled(module)
-    codes, scale, group = module.codes(), module.weight_scale, module.weight_spec.group_size
+    codes, scale, group = _integers(module), module.weight_scale.float(), module.weight_spec.group_size
     bias = None if module.bias is None else module.bias.to(torch.bfloat16)
     assert group is not None
     multiply = _int4_product(codes, scale.view(out, -1), group)
