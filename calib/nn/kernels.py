@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from calib.quantizers import AffineSpec
+from calib.quantizers import AffineSpec, LevelSpec
 
 if TYPE_CHECKING:
     from calib.nn.activation import ActivationQuantizer
@@ -210,10 +210,13 @@ def _quantized(quantizer: ActivationQuantizer, x: Tensor) -> tuple[Tensor, Tenso
 
 def _fits_int4(module: QuantLinear) -> bool:
     spec = module.weight_spec
+    if isinstance(spec, AffineSpec):
+        holds = spec.bits == 4 and spec.symmetric
+    else:  # integers in -8..7
+        holds = isinstance(spec, LevelSpec) and (spec.levels <= 8 or not spec.odd)
     return (
-        spec.integer
-        and (spec.bits == 4 if isinstance(spec, AffineSpec) else spec.levels <= 8 or not spec.odd)
-        and (spec.symmetric, module.dtype) == (True, torch.bfloat16)
+        holds
+        and module.dtype == torch.bfloat16
         and spec.group_size in INT4_GROUPS
         and module.out_features % 16 == 0
         and module.weight_scale.device.type == "cpu"
