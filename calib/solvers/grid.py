@@ -33,8 +33,8 @@ def weight_params(weight: Tensor, spec: AnyWeight, importance: Tensor | None = N
     find = dual_scale if isinstance(spec, DualBinarySpec) else level_scale
     rows = weight.split(max(1, BLOCK // max(weight.shape[1], 1)))
     scale = torch.cat([find(part, spec, importance) for part in rows])  # type: ignore[arg-type]
-    if not bool(torch.isfinite(scale).all()):
-        raise NumericsError(f"a weight's scale is beyond {LARGEST:.0f}, which fp16 cannot hold", "exclude the layer")
+    if float(weight.abs().amax()) > LARGEST or not bool(torch.isfinite(scale).all()):
+        raise NumericsError(f"a weight is beyond {LARGEST:.0f}, and its scale is kept in fp16", "exclude the layer")
     return scale, torch.zeros_like(scale[..., :1], dtype=torch.int32)
 
 
