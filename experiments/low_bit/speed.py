@@ -14,7 +14,6 @@ import copy
 import functools
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import calib
+from calib.evaluate import peak_rss_mib
 from calib.model.machine import resident_bytes
 from calib.nn import ActivationQuantizer, QuantLinear
 from calib.quantizers import AffineSpec
@@ -96,7 +96,7 @@ def generate(path: str, dtype: torch.dtype) -> dict[str, Any]:
         start = time.perf_counter()
         model.generate(ids, max_new_tokens=TOKENS, **options)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = int((peak_rss_mib() or 0) * 2**20)
     ratio = peak / (baseline + files)
     return {"tokens_per_s": TOKENS / seconds, "peak": peak, "baseline": baseline, "files": files, "ratio": ratio}
 
