@@ -47,6 +47,10 @@ class RecipeOptions:
     exclude: Annotated[
         list[str] | None, Option(help="Regular expression on module names left in float; repeatable.")
     ] = None
+    override: Annotated[
+        list[str] | None,
+        Option(help="REGEX=SCHEME: matching linears take that scheme's weight format, the first rule; repeatable."),
+    ] = None
     weights_group: Annotated[
         int | None, Option(min=0, help="Weights that share a scale; 0: all of an output channel.")
     ] = None
@@ -78,6 +82,9 @@ class RecipeOptions:
     inputs: Annotated[str, Option(help="Calibrate a block on quantized or float outputs of those before it.")] = (
         "quantized"
     )
+    bias_correction: Annotated[
+        bool, Option("--bias-correction", help="Make good in the biases what rounding moves the mean output by.")
+    ] = False
     float_rows: Annotated[
         float, Option(min=0.0, max=1.0, help="Share of rows left out of static ranges and run in float.")
     ] = 0.0
@@ -113,6 +120,7 @@ class RecipeOptions:
             "inputs": one_of("inputs", self.inputs, ("quantized", "float")),
             "damp": self.damp,
             "refine": self.refine,
+            "bias_correction": self.bias_correction,
             "float_rows": self.float_rows,
             "prefix": _prefix(self.prefix, model),
             "keep": self.keep,
@@ -131,6 +139,7 @@ class RecipeOptions:
         one_of("acts-granularity", self.acts_granularity or "token", ("tensor", "token"))
         return {
             "exclude": tuple(self.exclude or ()) or None,
+            "overrides": tuple(map(_rule_and_scheme, self.override or ())) or None,
             "weight_group": self.weights_group,
             "weight_symmetric": self.weights_symmetric,
             "weight_range": self.weights_range,
@@ -167,6 +176,15 @@ def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+def _rule_and_scheme(text: str) -> tuple[str, str]:
+    """REGEX and SCHEME of REGEX=SCHEME; the expression may hold signs of equality."""
+    rule, sign, name = text.rpartition("=")
+    if not sign:
+        raise InputError(f"override {text!r} names no scheme", "write REGEX=SCHEME, e.g. layers.0.=w8a8")
+    one_of("scheme in an override", name, tuple(SCHEMES))
+    return rule, name
 
 
 def _sites(text: str) -> tuple[str, ...] | None:

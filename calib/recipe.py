@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from calib.errors import InputError
-from calib.quantizers import AffineSpec
+from calib.quantizers import AffineSpec, AnyWeight, DualBinarySpec, LevelSpec, WeightSpec
 
 SiteChoice = Literal["norm", "vo", "updown", "fc", "fused"]
 FOLDS: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
@@ -20,8 +20,22 @@ class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Override(_Data):
+    """Another weight format for the Linears in whose full names the regular expression ``rule`` is found."""
+
+    rule: str
+    weights: WeightSpec
+
+    @field_validator("rule")
+    @classmethod
+    def _compiles(cls, rule: str) -> str:
+        _check_rule("override", rule)
+        return rule
+
+
 class Scheme(_Data):
-    """Number formats. ``exclude``/``include``: regular expressions on full module names of Linears.
+    """Number formats. ``exclude``: regular expressions on full module names of Linears that stay float; ``overrides``:
+    of those with another weight format, the first that matches.
 
     attention: format of q, k, v and the probabilities as they enter the attention matmuls; kv: format of the keys and
     values in the cache. Both dynamic, off by default. rounds: False where weights and inputs stay float, for recipes
@@ -29,16 +43,33 @@ class Scheme(_Data):
     """
 
     name: str
-    weights: AffineSpec
+    weights: WeightSpec
     inputs: AffineSpec | None = None
     attention: AffineSpec | None = None
     kv: AffineSpec | None = None
     exclude: tuple[str, ...] = ()
     rounds: bool = True
+    overrides: tuple[Override, ...] = ()
 
     @property
     def static(self) -> bool:
         return self.inputs is not None and not self.inputs.dynamic
+
+    def override_of(self, name: str) -> Override | None:
+        """The first rule that matches a Linear's full name."""
+        return next((each for each in self.overrides if re.search(each.rule, name)), None)
+
+    def weights_of(self, name: str) -> AnyWeight:
+        """The weight format of the Linear of that full name."""
+        found = self.override_of(name)
+        return self.weights if found is None else found.weights
+
+
+def _check_rule(kind: str, rule: str) -> None:
+    try:
+        re.compile(rule)
+    except re.error as error:
+        raise InputError(f"{kind} rule {rule!r} is not a regular expression ({error})", "fix the pattern") from error
 
 
 def _weights(bits: int) -> AffineSpec:
@@ -54,6 +85,13 @@ def _tensor(bits: int) -> AffineSpec:
 
 
 GROUP64 = AffineSpec(4, symmetric=True, granularity="group", group_size=64, range="mse")
+LOW_BIT: dict[str, AnyWeight] = {  # the grid with the least error at each size, in groups of 64
+    "w1{}": LevelSpec(kind="binary", levels=2, granularity="group", group_size=64),
+    "w1.58{}": LevelSpec(kind="seq", levels=3, granularity="group", group_size=64),
+    "w2{}": LevelSpec(kind="seq", levels=4, granularity="group", group_size=64),
+    "w2{}-fdb": DualBinarySpec(granularity="group", group_size=64),
+    "w3{}": LevelSpec(kind="seq", levels=8, granularity="group", group_size=64),
+}
 SCHEMES: dict[str, Scheme] = {
     "w8a8": Scheme(name="w8a8", weights=_weights(8), inputs=_token(8)),
     "w8a8-static": Scheme(name="w8a8-static", weights=_weights(8), inputs=_tensor(8)),
@@ -64,6 +102,11 @@ SCHEMES: dict[str, Scheme] = {
     "w4a4": Scheme(name="w4a4", weights=_weights(4), inputs=_token(4)),
     "w4a4-static": Scheme(name="w4a4-static", weights=_weights(4), inputs=_tensor(4)),
     "w4a16": Scheme(name="w4a16", weights=GROUP64),
+    **{
+        name.format(acts): Scheme(name=name.format(acts), weights=weights, inputs=inputs)
+        for name, weights in LOW_BIT.items()
+        for acts, inputs in (("a16", None), ("a8", _token(8)))
+    },
     "none": Scheme(name="none", weights=_weights(8), rounds=False),
 }
 
@@ -78,6 +121,7 @@ class Recipe(_Data):
     plain output of its linears (``output``).
     prefix: ``auto`` looks for massive first-token activations under static grids, ``on`` under any; ``none``; or the
     token ids.
+    bias_correction: add what rounding the weights moves the mean output by to the biases.
     float_rows: share of rows (the largest) that a static range leaves out and that run in float; 0 is off.
     refine: steps that learn a block's rounding and clipping from its output error, once it is rounded; 0: off.
     inputs: whether a block is calibrated on what the quantized blocks before it produce, or on float.
@@ -98,6 +142,7 @@ class Recipe(_Data):
     float_rows: float = Field(0.0, ge=0, lt=1)
     refine: int = Field(0, ge=0)
     inputs: Literal["quantized", "float"] = "quantized"
+    bias_correction: bool = False
     samples: int = 128
     seq_len: int = 512
     batch_size: int = 8
@@ -142,7 +187,8 @@ def scheme(name: str | Scheme, **changes: object) -> Scheme:
 
     changes: ``weight_bits``, ``weight_group`` (0: per channel), ``weight_symmetric``, ``weight_range``, ``input_bits``,
     ``input_symmetric``, ``input_granularity`` ('tensor', 'token'), ``input_range``, ``attention_bits``, ``kv_bits``,
-    ``exclude``; None leaves the preset's value.
+    ``exclude``, ``overrides`` (Override, or pairs of a rule and a weight format or the name of the preset whose weight
+    format is meant); None leaves the preset's value.
     """
     if isinstance(name, Scheme):
         base = name
@@ -174,24 +220,32 @@ def scheme(name: str | Scheme, **changes: object) -> Scheme:
             update[target] = AffineSpec(bits, symmetric=False, granularity="token", dynamic=True)
     if "exclude" in given:
         update["exclude"] = tuple(given.pop("exclude"))  # type: ignore[arg-type]
+    if "overrides" in given:
+        update["overrides"] = tuple(_override(each) for each in given.pop("overrides"))  # type: ignore[attr-defined]
     if given:
         raise InputError(f"unknown scheme options {sorted(given)}", "see calib.recipe.scheme")
     result = base.model_copy(update=update)
     for rule in result.exclude:
-        try:
-            re.compile(rule)
-        except re.error as error:
-            raise InputError(
-                f"exclude rule {rule!r} is not a regular expression ({error})", "fix the pattern"
-            ) from error
+        _check_rule("exclude", rule)
     return result
+
+
+def _override(given: Override | tuple[str, AnyWeight | str]) -> Override:
+    if isinstance(given, Override):
+        return given
+    rule, weights = given
+    return Override(rule=rule, weights=scheme(weights).weights if isinstance(weights, str) else weights)
 
 
 CHOICES = {"granularity": ("tensor", "channel", "token"), "range": ("minmax", "mse", "percentile")}
 
 
-def _changed(spec: AffineSpec, field: str, value: object) -> AffineSpec:
-    if field in CHOICES and value not in CHOICES[field]:
+def _changed(spec: Any, field: str, value: object) -> Any:
+    if not isinstance(spec, AffineSpec) and field not in ("group", "range"):
+        raise InputError(f"the {spec.kind} grid has no {field} to change", "choose an affine scheme, e.g. w4a16")
+    if field == "range" and not isinstance(spec, AffineSpec):
+        value = {"minmax": "published"}.get(str(value), value)
+    elif field in CHOICES and value not in CHOICES[field]:
         raise InputError(f"unknown {field} {value!r}", f"use {', '.join(CHOICES[field])}")
     if field == "group":
         if not value:
@@ -217,6 +271,11 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
         if given.get("prefix", "none") not in ("none", "auto"):
             raise InputError("weights are truncated without a prefix", "use --prefix none")
         given["prefix"] = "none"
+    formats = [scheme.weights, *(each.weights for each in scheme.overrides)]
+    if given.get("refine") and not all(isinstance(spec, AffineSpec) for spec in formats):
+        raise InputError(
+            f"refine learns affine grids, and {scheme.name} has another", "choose e.g. w4a16, or no refine"
+        )
     if given.get("float_rows") and not scheme.static:
         raise InputError(
             "rows beyond the static range run in float, and this scheme has no static range",

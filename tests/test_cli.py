@@ -129,6 +129,7 @@ SCHEME_OPTIONS: dict[str, dict[str, Any]] = {
     "--attention-bits 6": {"attention_bits": 6},
     "--weights-range mse --acts-range percentile": {"weight_range": "mse", "input_range": "percentile"},
     "--exclude a --exclude b": {"exclude": ("a", "b")},
+    "--override a=b=w8a8 --override c=w4a16": {"overrides": (("a=b", "w8a8"), ("c", "w4a16"))},
 }
 
 

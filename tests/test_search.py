@@ -196,7 +196,7 @@ def test_the_context_objective_is_the_same_in_integers(
         if not exact:
             monkeypatch.setattr(module, "int_mm_refusal", lambda limit: "refused")
         context = ContextObjective(block, part, runs, [mask, mask[:, :30]])
-        loss = context.prepare(shift, lo - z, hi - z, inputs, AffineSpec(8))
+        loss = context.prepare(shift, lo - z, hi - z, inputs, [AffineSpec(8)] * len(part.consumers))
         absmax = torch.maximum(z - lo, hi - z)
         losses.append([loss(scale_for(absmax, t)) for t in (float("inf"), 5.0, 1.0, 5.0)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -21,7 +21,9 @@ from calib.methods import ShiftScale, SiteMethod, WeightMethod
 from calib.model import Call, HiddenList, Plan, Site, is_finite, observing
 from calib.nn import ActivationQuantizer, AttentionFormat, QuantLinear, attention_modules
 from calib.observers import Moments
+from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
+from calib.solvers import bias_correction
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
 from calib.tuning import reconstruct
 
@@ -71,6 +73,7 @@ class BlockCalibration:
                 block,
                 site,
                 recipe,
+                [recipe.scheme.weights_of(f"{name}.{path}") for path in site.consumers],
                 whole=all(map(self._planned, site.consumers)),
                 gram=low_rank is not None or (rounding is not None and not self._pairs(site)),
             )
@@ -192,18 +195,25 @@ class BlockCalibration:
             dense = (
                 inside if self.low_rank is None else self._truncate(inside, state, moments, quantizer, self.low_rank)
             )
-            rounded = self._round(dense, moments.gram if gram is None else gram, cross)
+            spec_of = {path: self.recipe.scheme.weights_of(f"{self.name}.{path}") for path in dense}
+            rounded: dict[str, dict[str, Tensor]] = {}
+            for spec in dict.fromkeys(spec_of.values()):
+                same = {path: linear for path, linear in dense.items() if spec_of[path] == spec}
+                rounded |= self._round(same, moments.gram if gram is None else gram, spec, cross)
             importance = moments.second_moment.float() if moments.count else None
             for path, linear in dense.items():
                 weight = linear.weight.detach()
                 module = QuantLinear.from_float(
                     weight,
                     None if linear.bias is None else linear.bias.detach(),
-                    self.recipe.scheme.weights,
+                    spec_of[path],
                     copy.deepcopy(quantizer),
                     importance=importance,
                     **rounded.get(path, {}),
                 )
+                if self.recipe.bias_correction:
+                    added = bias_correction(linear.weight, module.dequantize(), moments.mean).to(module.dtype)
+                    module.bias = added if module.bias is None else module.bias + added
                 if self.low_rank is not None and not self.low_rank.method.truncates:
                     module = self.low_rank.compensated(module, weight, state, moments)
                     entry = self.plan.entries[f"{self.name}.{path}"]
@@ -320,12 +330,12 @@ class BlockCalibration:
         return dense
 
     def _round(
-        self, linears: Mapping[str, nn.Linear], gram: Tensor | None, cross: Tensor | None = None
+        self, linears: Mapping[str, nn.Linear], gram: Tensor | None, spec: AnyWeight, cross: Tensor | None = None
     ) -> dict[str, dict[str, Tensor]]:
-        """The rounding method's codes for Linears of one input, solved together where no range spans them."""
+        """The rounding method's codes for Linears of one input and format, together where no range spans them."""
         if self.rounding is None or gram is None or not linears:
             return {}
-        spec, method = self.recipe.scheme.weights, self.rounding
+        method = self.rounding
         weights = [linear.weight.detach() for linear in linears.values()]
         if spec.granularity == "tensor":
             solved = [method.quantize(w, gram, spec, self.recipe, cross) for w in weights]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.model import Site
-from calib.quantizers import AffineSpec
+from calib.quantizers import AffineSpec, AnyWeight
 from calib.solvers import quantize_input, quantize_weight
 from calib.solvers.objective import Encoded, InputCodes, Scratch, WeightCodes, encoded, product, takes_integers
 
@@ -86,16 +86,20 @@ class ContextObjective:
         lo: Tensor,
         hi: Tensor,
         inputs: AffineSpec | None,
-        weights: AffineSpec,
+        weights: Sequence[AnyWeight],
         rotate: Rotate | None = None,
         rows: Tensor | None = None,
     ) -> Loss:
-        """loss(s) for inputs shifted by z; lo, hi [n]: their channel extremes. rotate: applied to x / s and W s before
+        """loss(s) for inputs shifted by z; lo, hi [n]: their channel extremes; weights: the format of each
+        consumer. rotate: applied to x / s and W s before
         they are quantized; a static range is then that of the shifted ``rows`` [T, n], rotated.
         """
         target: list[Tensor] = []  # computed when first asked for: most variants are ranked on few tokens only
         shared = _SharedInput(shift, lo, hi, inputs, self.buffers, rotate, rows)
-        consumers = [_Consumer(linear, shift, inputs, weights, self.buffers, rotate) for linear in self.consumers]
+        consumers = [
+            _Consumer(linear, shift, inputs, spec, self.buffers, rotate)
+            for linear, spec in zip(self.consumers, weights, strict=True)
+        ]
 
         def loss(scale: Tensor) -> float:
             with torch.no_grad(), contextlib.ExitStack() as undo:
@@ -185,7 +189,7 @@ class _Consumer:
         linear: nn.Module,
         shift: Tensor | None,
         inputs: AffineSpec | None,
-        weights: AffineSpec,
+        weights: AnyWeight,
         buffers: _Buffers,
         rotate: Rotate | None,
     ) -> None:
@@ -203,6 +207,7 @@ class _Consumer:
         if not self.integer:
             weight = quantize_weight(self._moved(scale), self.weights)
             return lambda x: F.linear(shared.floats(x), weight, self.bias)
+        assert isinstance(self.weights, AffineSpec)
         if self.rotate is None:
             codes = self.buffers.codes_of(self.linear, self.weights)(self.linear.weight, scale)
         else:

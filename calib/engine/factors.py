@@ -15,7 +15,7 @@ from calib.methods import LowRank, WeightMethod
 from calib.model import Plan
 from calib.nn import ActivationQuantizer, LowRankLinear, QuantLinear
 from calib.observers import Moments
-from calib.quantizers import bits_per_weight, qparams, tensor_range
+from calib.quantizers import qparams, tensor_range
 from calib.recipe import Recipe
 from calib.solvers import InputStatistics
 
@@ -60,7 +60,7 @@ class LowRankWork:
         """Bits that both factors take, a weight of the whole."""
         scheme, (out, n) = self.method.recipe.scheme, shape
         parts = ((rank, n), (out, rank))
-        each = [bits_per_weight(p, scheme.weights) if scheme.rounds else torch.finfo(dtype).bits for p in parts]
+        each = [scheme.weights.bits_per_weight(p) if scheme.rounds else torch.finfo(dtype).bits for p in parts]
         return sum(bits * rank * size for bits, size in zip(each, (n, out), strict=True)) / (out * n)
 
     def compensated(self, module: QuantLinear, weight: Tensor, state: SiteState, moments: Moments) -> QuantLinear:

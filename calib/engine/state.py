@@ -17,7 +17,7 @@ from calib.model import Site, takes_rotation, target_of
 from calib.nn import ActivationQuantizer, block_hadamard
 from calib.observers import Moments, Quantile, Range, RowSample, ranks, row_blocks
 from calib.observers.quantile import ENOUGH
-from calib.quantizers import AffineSpec, qparams, tensor_range
+from calib.quantizers import AffineSpec, AnyWeight, qparams, tensor_range
 from calib.recipe import Recipe
 from calib.solvers import LinearObjective
 from calib.transforms import SiteTransform
@@ -28,8 +28,11 @@ EXACT_ROWS = 2048
 class SiteState:
     """Statistics of one site (per input tensor: experts have several) and its live transform."""
 
-    def __init__(self, block: nn.Module, site: Site, recipe: Recipe, whole: bool, gram: bool) -> None:
-        self.site, self.block, self.recipe, self.whole = site, block, recipe, whole
+    def __init__(
+        self, block: nn.Module, site: Site, recipe: Recipe, weights: Sequence[AnyWeight], whole: bool, gram: bool
+    ) -> None:
+        """weights: the format of each consumer. whole: all of them are quantized. gram: keep Gram matrices."""
+        self.site, self.block, self.recipe, self.weights, self.whole = site, block, recipe, weights, whole
         self.target = target_of(block, site)
         self.transform = SiteTransform(self.target)
         n = site.features
@@ -37,7 +40,7 @@ class SiteState:
         self.sample = RowSample(n, EXACT_ROWS, seed=recipe.seed)
         self.quantile = Quantile()
         self.moments = [Moments(n, gram) for _ in site.groups]
-        self.needs_moments = gram or recipe.scheme.weights.range == "mse"
+        self.needs_moments = gram or recipe.bias_correction or any(spec.range == "mse" for spec in weights)
         self.tokens = [0] * len(site.groups)
         self.transformed = False
         self.detail: dict[str, Any] = {}
@@ -93,8 +96,9 @@ class SiteState:
         scheme = self.recipe.scheme
 
         @functools.cache
-        def stacked() -> Tensor:  # where the context is judged it is not needed
-            return torch.cat([c.weight for c in consumers]).detach()
+        def stacked(spec: AnyWeight) -> Tensor:  # where the context is judged it is not needed
+            same = [c.weight for c, own in zip(consumers, self.weights, strict=True) if own == spec]
+            return torch.cat(same).detach()
 
         def objective(shift: Tensor | None, hadamard: int) -> tuple[Loss, Loss]:
             low, high = (lo, hi) if shift is None else (lo - shift, hi - shift)
@@ -102,11 +106,15 @@ class SiteState:
             rows = self.sample.rows if shift is None else self.sample.rows - shift
             if probes:
                 few, many = (
-                    probe.prepare(shift, low, high, scheme.inputs, scheme.weights, rotate, rows) for probe in probes
+                    probe.prepare(shift, low, high, scheme.inputs, self.weights, rotate, rows) for probe in probes
                 )
                 return few, many
-            many = LinearObjective(rows, stacked(), low, high, scheme.inputs, scheme.weights, rotate)
-            return many.few(), many
+            parts = [
+                LinearObjective(rows, stacked(spec), low, high, scheme.inputs, spec, rotate)
+                for spec in dict.fromkeys(self.weights)
+            ]
+            ranked = [part.few() for part in parts]
+            return lambda s: sum(part(s) for part in ranked), lambda s: sum(part(s) for part in parts)
 
         return SiteView(
             self.target.name,

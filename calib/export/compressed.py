@@ -23,7 +23,7 @@ from calib.export.checkpoint import plain_config, require_transformers, state, s
 from calib.export.files import Finish, finished, nbytes, staged
 from calib.model import Resident
 from calib.nn import LowRankLinear, Prefix, QuantLinear, SideBranch
-from calib.quantizers import AffineSpec, pack
+from calib.quantizers import AffineSpec, AnyWeight, pack
 from calib.recipe import Recipe
 
 FORMAT = "compressed-tensors"
@@ -74,7 +74,8 @@ def refusals(recipe: Recipe, dtype: torch.dtype, rewrites: Sequence[Mapping[str,
     plan's rewrites. Biases that a class lacks, and inputs that are not [batch, tokens, channels], show later.
     """
     scheme = recipe.scheme
-    reasons = _format_reasons(scheme.weights, scheme.inputs)
+    formats = dict.fromkeys([scheme.weights, *(each.weights for each in scheme.overrides)])
+    reasons = list(dict.fromkeys(reason for weights in formats for reason in _format_reasons(weights, scheme.inputs)))
     if recipe.float_rows:
         reasons.append(FLOAT_ROWS)
     if scheme.attention is not None or scheme.kv is not None:
@@ -114,9 +115,11 @@ def _module_reasons(module: QuantLinear, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-def _format_reasons(weights: AffineSpec, spec: AffineSpec | None) -> list[str]:
+def _format_reasons(weights: AnyWeight, spec: AffineSpec | None) -> list[str]:
     """Why it cannot hold these weight and input formats."""
     reasons = []
+    if not isinstance(weights, AffineSpec) and weights.kind != "lsq":  # those levels are integers from the lowest code
+        return [f"weights on a {weights.kind} grid"]
     if spec is None:
         if not weights.symmetric and weights.granularity != "tensor":
             # transformers 5.23 expects unpacked what compressed-tensors 0.20 packs: its own files fail too
@@ -272,14 +275,14 @@ def quantization_config(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _args(spec: AffineSpec) -> dict[str, Any]:
+def _args(spec: AnyWeight) -> dict[str, Any]:
     return {
-        "num_bits": spec.bits,
+        "num_bits": int(spec.bits),
         "type": "int",
         "symmetric": spec.symmetric,
         "strategy": spec.granularity,
         "group_size": spec.group_size,
-        "dynamic": spec.dynamic,
+        "dynamic": isinstance(spec, AffineSpec) and spec.dynamic,
     }
 
 

@@ -203,7 +203,7 @@ class CalibHfQuantizer(HfQuantizer):
     quantization_config: CalibConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        build(model, self.quantization_config, kwargs.get("dtype") or torch.float32)
+        build(model, self.quantization_config, kwargs.get("dtype") or model.dtype)
         files = kwargs.get("checkpoint_files")
         if files and type(model).__name__ in (model.config.architectures or ()):
             check_files(model, files)

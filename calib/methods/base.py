@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from calib.quantizers import AffineSpec
+from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
 
 Loss = Callable[[Tensor], float]
@@ -63,5 +63,5 @@ class WeightMethod(Protocol):
     paired: bool
 
     def quantize(
-        self, weight: Tensor, gram: Tensor, spec: AffineSpec, recipe: Recipe, cross: Tensor | None = None
+        self, weight: Tensor, gram: Tensor, spec: AnyWeight, recipe: Recipe, cross: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from calib.quantizers import AffineSpec
+from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
 from calib.solvers import gptq
 
@@ -20,6 +20,6 @@ class GPTQ:
         self.name, self.paired = name, name == "gptaq"
 
     def quantize(
-        self, weight: Tensor, gram: Tensor, spec: AffineSpec, recipe: Recipe, cross: Tensor | None = None
+        self, weight: Tensor, gram: Tensor, spec: AnyWeight, recipe: Recipe, cross: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         return gptq(weight, gram, spec, damp=recipe.damp, cross=cross)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from calib.nn import ActivationQuantizer, QuantLinear
-from calib.quantizers import AffineSpec
+from calib.quantizers import AffineSpec, AnyWeight
 
 GIGA = 1e9
 DISK_BYTES = 32 << 20
@@ -62,7 +62,7 @@ class Shapes:
 def probe(
     folder: str | os.PathLike[str] | None = None,
     shapes: Shapes = Shapes(),
-    weights: AffineSpec | None = None,
+    weights: AnyWeight | None = None,
     inputs: AffineSpec | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Machine:
@@ -78,7 +78,7 @@ def probe(
 def _measure(
     folder: str | os.PathLike[str] | None,
     shapes: Shapes,
-    weights: AffineSpec,
+    weights: AnyWeight,
     inputs: AffineSpec | None,
     dtype: torch.dtype,
 ) -> Machine:
@@ -90,7 +90,12 @@ def _measure(
         x, w = (torch.randn(n, width, generator=generator).to(dtype) for n in (rows, width))
         flops = 2 * rows * width * width
         gemm = flops / _seconds(lambda: F.linear(x, w))
-        linear = QuantLinear.from_float(w, None, weights.with_(range="minmax"), ActivationQuantizer(inputs, width))
+        linear = QuantLinear.from_float(
+            w,
+            None,
+            weights.with_(range="minmax" if isinstance(weights, AffineSpec) else "published"),
+            ActivationQuantizer(inputs, width),
+        )
         linear.set_mode("packed")
         packed = flops / _seconds(lambda: linear(x))
         q = torch.randn(1, 8, tokens, shapes.head, generator=generator).to(dtype)

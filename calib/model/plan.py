@@ -18,10 +18,14 @@ from calib.model.linears import apply_rewrites, find_rewrites, linears, loop_ove
 from calib.model.sites import Site, find_sites
 from calib.model.store import Resident
 from calib.model.trace import record
-from calib.quantizers import AffineSpec, bits_per_weight
+from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
 from calib.transforms import FoldProducer, FoldTarget, SiteTransform, tolerance_for, undone_on_failure
 
+COLLAPSE = (
+    "weights below 2 bits, rounded after training: expect a model that has collapsed, as a start for recovery training "
+    "(distillation from the float model) and not for use"
+)
 TRANSFORMING = ("os+", "smoothquant", "awq", "hadamard", "rotate")
 Status = Literal["transformed", "quantized", "factored", "excluded"]
 
@@ -206,8 +210,10 @@ def settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe:
         for site in block.sites
         for path in site.consumers
     }
-    rules = {rule: re.compile(rule) for rule in recipe.scheme.exclude}
-    hits = dict.fromkeys(rules, 0)
+    scheme = recipe.scheme
+    rules = {rule: re.compile(rule) for rule in scheme.exclude}
+    hits, fewest = dict.fromkeys(rules, 0), 32.0
+    overridden = dict.fromkeys((each.rule for each in scheme.overrides), 0)
     shared = _shared_weights(model)
     transforming = any(m.partition(":")[0] in TRANSFORMING for m in recipe.methods)
     for name, linear in found.items():
@@ -226,10 +232,14 @@ def settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe:
         elif any(name.endswith("." + path) for path in site.routers):
             entry.reason = "its output chooses experts"
         else:
-            if recipe.scheme.rounds:
-                _check_groups(name, shape, recipe.scheme.weights)
-                entry.bits = bits_per_weight(shape, recipe.scheme.weights)
-            entry.status = "quantized" if recipe.scheme.rounds else "factored"
+            if (override := scheme.override_of(name)) is not None:
+                overridden[override.rule] += 1
+            if scheme.rounds:
+                weights = scheme.weights_of(name)
+                _check_groups(name, shape, weights)
+                fewest = min(fewest, weights.bits)
+                entry.bits = weights.bits_per_weight(shape)
+            entry.status = "quantized" if scheme.rounds else "factored"
             if transforming:
                 entry.fold = planned_fold(site, recipe)
                 entry.status = "transformed" if entry.fold else "quantized"
@@ -242,6 +252,14 @@ def settle(model: nn.Module, found: Mapping[str, nn.Linear], plan: Plan, recipe:
             raise InputError(f"exclude rule {rule!r} matches no linear layer", f"names look like {next(iter(found))}")
     if not plan.quantized():
         raise InputError("nothing is left to quantize", "relax the exclude rules")
+    if fewest < 2:
+        plan.notes.append(COLLAPSE)
+    for rule, count in overridden.items():
+        if not count:
+            raise InputError(
+                f"override rule {rule!r} changes no quantized linear layer",
+                f"names look like {plan.quantized()[0]}; of several rules that match, the first counts",
+            )
 
 
 def planned_fold(site: Site, recipe: Recipe) -> str:
@@ -275,7 +293,7 @@ def takes_rotation(site: Site, recipe: Recipe) -> bool:
     return "rotate" in methods or ("hadamard" in methods and site.kind in ("updown", "fc"))
 
 
-def _check_groups(name: str, shape: tuple[int, int], spec: AffineSpec) -> None:
+def _check_groups(name: str, shape: tuple[int, int], spec: AnyWeight) -> None:
     if spec.group_size is not None and shape[1] % spec.group_size:
         raise InputError(
             f"group size {spec.group_size} does not divide the {shape[1]} inputs of {name}",

@@ -14,7 +14,7 @@ from calib.model.machine import GIGA, Machine, Shapes
 from calib.model.plan import Plan
 from calib.model.sites import Site
 from calib.model.skeleton import Skeleton, Work
-from calib.quantizers import AffineSpec, packed_width
+from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
 
 FLOAT_BLOCKS = 2  # float copies of a block in memory at once: the one at work, and the one before or after it
@@ -65,21 +65,22 @@ def stored(bones: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Stored:
             continue
         size = item if tensor.is_floating_point() else tensor.element_size()
         out[name] = (HEADER.get(size, "I64") if tensor.is_floating_point() else "I64", size, tuple(tensor.shape))
-    spec, inputs = recipe.scheme.weights, recipe.scheme.inputs
+    inputs = recipe.scheme.inputs
     for name in planned:
+        spec = recipe.scheme.weights_of(name)
         entry, linear = bones.plan.entries[name], bones.model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         m, n = entry.shape
         if spec.bits == 8:
             out[f"{name}.weight"] = ("I8", 1, (m, n))  # one code a byte
         else:
-            out[f"{name}.weight_packed"] = ("I32", 4, (m, packed_width(n, spec.bits)))  # rows padded to whole words
-        groups = 1 if spec.group_size is None else n // spec.group_size
-        shape = {"tensor": (1,), "group": (m, groups, 1)}.get(spec.granularity, (m, 1))
-        out[f"{name}.weight_scale"] = ("F32", 4, shape)
+            out[f"{name}.weight_packed"] = ("I32", 4, (m, spec.words(n)))  # rows padded to whole words
+        shape = spec.scale_shape(m, n)
+        size = spec.scale_dtype.itemsize
+        out[f"{name}.weight_scale"] = (HEADER[size], size, shape)
         if not spec.symmetric:
             out[f"{name}.weight_zero_point"] = ("I32", 4, shape)
-        if linear._parameters.get("bias") is not None or name in gained:
+        if linear._parameters.get("bias") is not None or name in gained or recipe.bias_correction:
             out[f"{name}.bias"] = (HEADER[item], item, (m,))
         if inputs is not None and not inputs.dynamic:
             out[f"{name}.input.scale"] = ("F32", 4, (1,))
@@ -312,7 +313,7 @@ def _observed(plan: Plan, name: str) -> list[Site]:
     return [s for s in plan.blocks[name].sites if any(entries[f"{name}.{p}"].status != "excluded" for p in s.consumers)]
 
 
-def _range_passes(spec: AffineSpec) -> int:
+def _range_passes(spec: AnyWeight) -> int:
     return MSE_PASSES if spec.range == "mse" else MINMAX_PASSES
 
 

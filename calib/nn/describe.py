@@ -14,7 +14,7 @@ from calib.nn.activation import ActivationQuantizer
 from calib.nn.linear import QuantLinear
 from calib.nn.low_rank import LowRankLinear
 from calib.nn.side_branch import SideBranch
-from calib.quantizers import AffineSpec
+from calib.quantizers import AffineSpec, AnyWeight, describe_weight
 
 
 def describe_linear(module: QuantLinear | LowRankLinear) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def describe_linear(module: QuantLinear | LowRankLinear) -> dict[str, Any]:
 
 
 def linear_group(
-    weights: AffineSpec,
+    weights: AnyWeight,
     inputs: AffineSpec | None,
     *,
     bias: bool,
@@ -48,7 +48,7 @@ def linear_group(
 ) -> dict[str, Any]:
     """What linears of one kind have in common, as JSON values."""
     return {
-        "weights": dataclasses.asdict(weights),
+        "weights": describe_weight(weights),
         "input": None if inputs is None else dataclasses.asdict(inputs),
         "shift": shift,
         "rescale": rescale,
@@ -91,7 +91,7 @@ def _quantized(n_in: int, n_out: int, group: Mapping[str, Any], dtype: torch.dty
         hadamard=group["hadamard"],
         float_rows=group["float_rows"],
     )
-    module = QuantLinear(n_in, n_out, AffineSpec(**group["weights"]), quantizer, group["bias"], dtype)
+    module = QuantLinear(n_in, n_out, weight_spec(group["weights"]), quantizer, group["bias"], dtype)
     if (side := group.get("side")) is not None:
         module.side = SideBranch(n_in, n_out, side["rank"], side["bits"], dtype)
     return module

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from calib.quantizers import AffineSpec, LevelSpec
 from calib.quantizers.product import LONGEST, PROBES, inexact, int_mm, int_mm_refusal
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ def describe() -> dict[str, str]:
     return {
         "w8a8-static": integer(8, f"u8 activations, scales and bias fused{single}"),
         "w8a8": integer(8, f"u8 activations, scale per row afterwards{single}"),
-        "w2..w7, integer activations": integer(7, "weights held as int8 (scales per channel or tensor)"),
-        "weights asymmetric or in groups": f"{fallback} (the scale changes inside a sum)",
-        "w4a16 in groups, bf16 model": int4 + (f" ({four})" if four else ""),
+        "w1..w7, integer activations": integer(7, "weights held as int8 (scales per channel or tensor)"),
+        "weights asymmetric, in groups or of two planes": f"{fallback} (the scale changes inside a sum)",
+        "w1..w4 with float activations in groups of one scale, bf16 model": int4 + (f" ({four})" if four else ""),
         "float activations otherwise": f"{fallback} (torch's int4 and int8 kernels round to bf16)",
     }
 
@@ -82,6 +83,8 @@ def _format_refusal(module: QuantLinear) -> str:
     weight, inputs = module.weight_spec, module.input.spec
     if inputs is None:
         return "activations are float"
+    if not weight.integer:
+        return "two scales meet inside a sum"
     if not weight.symmetric or "group" in (weight.granularity, inputs.granularity):
         return "a scale or zero point changes inside a sum"
     if not 0 < module.in_features <= LONGEST or not module.out_features:
@@ -108,7 +111,7 @@ def _integer(module: QuantLinear, exact: bool, reason: str) -> Kernel:
     bias = None if module.bias is None else module.bias.float()
     static = quantizer.scale is not None
     step, zero = _scalars(quantizer.scale, quantizer.zero_point)
-    sums = None if static or spec.symmetric else module.codes().sum(dim=1, dtype=torch.int32) * scale
+    sums = None if static or spec.symmetric else _integers(module).sum(dim=1, dtype=torch.int32) * scale
     float_rows = _tiled(module) if quantizer.watches_rows else None
     product, name = (_exact(module, scale), "exact") if exact else _operator(module, scale)
 
@@ -135,7 +138,7 @@ def _integer(module: QuantLinear, exact: bool, reason: str) -> Kernel:
 
 def _operator(module: QuantLinear, scale: Tensor) -> tuple[Product, str]:
     """torch's int8 operators: int_mm on CUDA and for single rows, else oneDNN's qlinear, and their name."""
-    weight = module.codes().contiguous()
+    weight = _integers(module).contiguous()
     cpu = weight.device.type == "cpu"
     # A single row is memory-bound and wants plain codes: at 8 bits the checkpoint has them for nothing.
     single = module.weight is weight and module.in_features > 1 and not _refused("int_mm", 127)
@@ -161,7 +164,7 @@ def _exact(module: QuantLinear, scale: Tensor) -> Product:
     """The same integers in float GEMMs wide enough for every partial sum; the module must outlive it."""
     owner, spec = weakref.ref(module), module.input.spec
     assert spec is not None
-    largest = int(module.codes().abs().sum(dim=1, dtype=torch.int64).amax())  # of |sum| a unit of activation
+    largest = int(_integers(module).abs().sum(dim=1, dtype=torch.int64).amax())  # of |sum| a unit of activation
 
     def product(codes: Tensor, x_scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
         module = owner()
@@ -171,11 +174,16 @@ def _exact(module: QuantLinear, scale: Tensor) -> Product:
         x = codes.to(dtype).sub_(zero_point)
         y = torch.empty(len(codes), len(scale), device=codes.device)
         for rows in _tiles(module):
-            y[:, rows] = (x @ module.codes(rows).to(dtype).t()).float()
+            y[:, rows] = (x @ _integers(module, rows).to(dtype).t()).float()
         y = y.mul_(x_scale).mul_(scale)
         return y if bias is None else y.add_(bias)
 
     return product
+
+
+def _integers(module: QuantLinear, rows: slice | None = None) -> Tensor:
+    """What the weight's scale multiplies, int8 [out, in]."""
+    return module.weight_spec.integers(module.codes(rows))
 
 
 def _quantized(quantizer: ActivationQuantizer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -201,8 +209,13 @@ def _quantized(quantizer: ActivationQuantizer, x: Tensor) -> tuple[Tensor, Tenso
 
 def _fits_int4(module: QuantLinear) -> bool:
     spec = module.weight_spec
+    if isinstance(spec, AffineSpec):
+        holds = spec.bits == 4 and spec.symmetric
+    else:  # integers in -8..7
+        holds = isinstance(spec, LevelSpec) and (spec.levels <= 8 or not spec.odd)
     return (
-        (spec.bits, spec.symmetric, module.dtype) == (4, True, torch.bfloat16)
+        holds
+        and module.dtype == torch.bfloat16
         and spec.group_size in INT4_GROUPS
         and module.out_features % 16 == 0
         and module.weight_scale.device.type == "cpu"
@@ -213,7 +226,7 @@ def _fits_int4(module: QuantLinear) -> bool:
 def _int4(module: QuantLinear, reason: str) -> Kernel:
     """Few bf16 rows on ATen's int4 kernel (it rounds scales where 'fake' rounds weights), the rest tiled."""
     quantizer, out, columns, matmul = module.input, module.out_features, module.in_features, _tiled(module)
-    codes, scale, group = module.codes(), module.weight_scale, module.weight_spec.group_size
+    codes, scale, group = _integers(module), module.weight_scale.float(), module.weight_spec.group_size
     bias = None if module.bias is None else module.bias.to(torch.bfloat16)
     assert group is not None
     multiply = _int4_product(codes, scale.view(out, -1), group)

@@ -13,7 +13,8 @@ from calib.errors import InputError
 from calib.nn import kernels
 from calib.nn.activation import ActivationQuantizer, apply_keeping_dtypes
 from calib.nn.side_branch import SideBranch
-from calib.quantizers import AffineSpec, decode, encode, pack, packed_width, qparams, unpack, weight_range
+from calib.quantizers import AnyWeight
+from calib.solvers import rounded
 
 Mode = Literal["packed", "fake", "float"]
 
@@ -36,10 +37,11 @@ class QuantLinear(CalledAsWeight, nn.Module):
     """y = Q_a(x) Q_w(W)^T + b.
 
     Buffers are the checkpoint: ``weight`` int8 [out, in] at 8 bits, else ``weight_packed`` int32 [out,
-    words]; ``weight_scale`` fp32 and ``weight_zero_point`` int32 (asymmetric only) of shape [1], [out, 1] or
-    [out, in/g, 1]; ``bias`` fp32 or model dtype [out]; ``input.*`` of ActivationQuantizer; ``side.*`` of a SideBranch,
-    which takes the transformed input in floats and adds to the result in every mode. ``mode`` 'packed'
-    runs the fastest kernel this machine has for the format, 'fake' the arithmetic that defines the same result
+    words]; ``weight_scale`` (fp32; fp16 of low-bit grids) and ``weight_zero_point`` int32 (asymmetric only) of
+    shape [1], [out, 1] or [out, in/g, 1], with two planes [..., 2]; ``bias`` fp32 or model dtype [out];
+    ``input.*`` of ActivationQuantizer; ``side.*`` of a SideBranch, which takes the transformed input in floats and
+    adds to the result in every mode. ``mode`` 'packed' runs the fastest kernel this machine has for the
+    format, 'fake' the arithmetic that defines the same result
     (see kernels.py), 'float' F.linear on decoded values: rounded otherwise in the last bit, as other programs
     simulate it, and the only one that records gradients ('fake' turns to it for an input that needs one). What
     a mode prepares is dropped whenever the buffers are loaded, moved, copied or set.
@@ -55,7 +57,7 @@ class QuantLinear(CalledAsWeight, nn.Module):
         self,
         in_features: int,
         out_features: int,
-        weight_spec: AffineSpec,
+        weight_spec: AnyWeight,
         input_quantizer: ActivationQuantizer,
         bias: bool,
         dtype: torch.dtype = torch.float32,
@@ -71,11 +73,11 @@ class QuantLinear(CalledAsWeight, nn.Module):
         self.weight_spec, self.dtype = weight_spec, dtype
         self.input = input_quantizer
         eight = weight_spec.bits == 8
-        words = packed_width(in_features, weight_spec.bits)
+        words = 0 if eight else weight_spec.words(in_features)
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8) if eight else None)
         self.register_buffer("weight_packed", None if eight else torch.zeros(out_features, words, dtype=torch.int32))
-        shape = self._scale_shape()
-        self.register_buffer("weight_scale", torch.ones(shape, dtype=torch.float32))
+        shape = weight_spec.scale_shape(out_features, in_features)
+        self.register_buffer("weight_scale", torch.ones(shape, dtype=weight_spec.scale_dtype))
         zero_point = None if weight_spec.symmetric else torch.zeros(shape, dtype=torch.int32)
         self.register_buffer("weight_zero_point", zero_point)
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
@@ -83,19 +85,12 @@ class QuantLinear(CalledAsWeight, nn.Module):
         self.mode: Mode = "fake"
         self._kernel: kernels.Kernel | None = None
 
-    def _scale_shape(self) -> tuple[int, ...]:
-        spec = self.weight_spec
-        if spec.granularity == "group":
-            assert spec.group_size is not None
-            return (self.out_features, self.in_features // spec.group_size, 1)
-        return (1,) if spec.granularity == "tensor" else (self.out_features, 1)
-
     @classmethod
     def from_float(
         cls,
         weight: Tensor,
         bias: Tensor | None,
-        weight_spec: AffineSpec,
+        weight_spec: AnyWeight,
         input_quantizer: ActivationQuantizer,
         *,
         codes: Tensor | None = None,
@@ -107,8 +102,7 @@ class QuantLinear(CalledAsWeight, nn.Module):
         out_features, in_features = weight.shape
         module = cls(in_features, out_features, weight_spec, input_quantizer, bias is not None, weight.dtype)
         if codes is None:
-            scale, zero_point = qparams(*weight_range(weight, weight_spec, importance), weight_spec)
-            codes = encode(weight, scale, zero_point, weight_spec)
+            codes, scale, zero_point = rounded(weight, weight_spec, importance)
         assert scale is not None and zero_point is not None
         module.set_codes(codes, scale, zero_point)
         if bias is not None:
@@ -116,15 +110,15 @@ class QuantLinear(CalledAsWeight, nn.Module):
         return module
 
     def set_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-        """Take int8 codes [out, in], scale and zero point (shaped as ``weight_range`` gives them)."""
-        shape = self._scale_shape()
-        self.weight_scale = scale.float().reshape(shape)
+        """Take int8 codes [out, in], scale and zero point (shaped as ``weight_params`` gives them)."""
+        shape = self.weight_spec.scale_shape(self.out_features, self.in_features)
+        self.weight_scale = scale.to(self.weight_spec.scale_dtype).reshape(shape)
         if not self.weight_spec.symmetric:
             self.weight_zero_point = zero_point.to(torch.int32).reshape(shape)
         if self.weight_spec.bits == 8:
             self.weight = codes.contiguous()
         else:
-            self.weight_packed = pack(codes, self.weight_spec.bits)
+            self.weight_packed = self.weight_spec.pack(codes)
         self._forget()
 
     def codes(self, rows: slice | None = None) -> Tensor:
@@ -133,7 +127,7 @@ class QuantLinear(CalledAsWeight, nn.Module):
             return self.weight if rows is None else self.weight[rows]
         assert self.weight_packed is not None
         words = self.weight_packed if rows is None else self.weight_packed[rows]
-        return unpack(words, self.weight_spec.bits, self.in_features)
+        return self.weight_spec.unpack(words, self.in_features)
 
     def dequantize(self, rows: slice = slice(None)) -> Tensor:
         """The weight (of transformed input) the codes stand for, or some of its rows; module's dtype."""
@@ -142,7 +136,7 @@ class QuantLinear(CalledAsWeight, nn.Module):
         scale = self.weight_scale if one else self.weight_scale[rows]
         zero = self.weight_zero_point
         zero = scale.new_zeros((), dtype=torch.int32) if zero is None else zero if one else zero[rows]
-        return decode(codes, scale, zero, self.weight_spec).to(self.dtype)
+        return self.weight_spec.decode(codes, scale, zero).to(self.dtype)
 
     def set_mode(self, mode: Mode) -> QuantLinear:
         self.mode = mode

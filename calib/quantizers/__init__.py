@@ -11,22 +11,34 @@ from calib.quantizers.affine import (
     minmax,
     qparams,
 )
-from calib.quantizers.pack import pack, packed_width, unpack
+from calib.quantizers.dual_binary import DualBinarySpec
+from calib.quantizers.levels import LevelSpec
+from calib.quantizers.pack import pack, pack_trits, packed_width, trits_width, unpack, unpack_trits
 from calib.quantizers.ranges import tensor_range, weight_range
+from calib.quantizers.weight import AnyWeight, WeightSpec, describe_weight, weight_spec
 
 __all__ = [
     "AffineSpec",
+    "AnyWeight",
+    "DualBinarySpec",
+    "LevelSpec",
+    "WeightSpec",
     "bits_per_weight",
     "decode",
+    "describe_weight",
     "encode",
     "fake_quantize",
     "fake_quantize_dynamic",
     "grouped",
     "minmax",
     "pack",
+    "pack_trits",
     "packed_width",
     "qparams",
     "tensor_range",
+    "trits_width",
     "unpack",
+    "unpack_trits",
     "weight_range",
+    "weight_spec",
 ]

@@ -8,12 +8,13 @@ range is widened to hold 0.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from calib.errors import InputError
+from calib.quantizers.pack import pack, packed_width, unpack
 
 Granularity = Literal["tensor", "channel", "group", "token"]
 RangeRule = Literal["minmax", "mse", "percentile"]
@@ -63,6 +64,48 @@ class AffineSpec:
     def with_(self, **changes: object) -> AffineSpec:
         return replace(self, **changes)  # type: ignore[arg-type]
 
+    # What a weight format has to offer, as LevelSpec and DualBinarySpec do; see ``WeightSpec``.
+    integer = True  # values are integers times one scale a granule
+    scale_dtype = torch.float32
+
+    def scale_shape(self, out: int, n: int) -> tuple[int, ...]:
+        """Of the scales of a weight [out, n]."""
+        if self.granularity == "tensor":
+            return (1,)
+        return (out, 1) if self.group_size is None else (out, n // self.group_size, 1)
+
+    def encode(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return encode(weight, scale, zero_point, self)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return decode(codes, scale, zero_point, self)
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """What the scale of a symmetric grid multiplies, int8: the codes."""
+        return codes
+
+    def words(self, n: int) -> int:
+        """int32 words of a packed row of n codes."""
+        return packed_width(n, self.bits)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        return pack(codes, self.bits)
+
+    def unpack(self, words: Tensor, n: int) -> Tensor:
+        return unpack(words, self.bits, n)
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        return bits_per_weight(shape, self)
+
+
+class Granular(Protocol):
+    """What says how far a scale reaches."""
+
+    @property
+    def granularity(self) -> str: ...
+    @property
+    def group_size(self) -> int | None: ...
+
 
 def qparams(lo: Tensor, hi: Tensor, spec: AffineSpec) -> tuple[Tensor, Tensor]:
     """Scale (fp32) and zero point (int32) of the ranges [lo, hi], elementwise over any shape.
@@ -84,7 +127,7 @@ def _floored(scale: Tensor) -> Tensor:
     return scale.masked_fill_(scale < SMALLEST_SCALE, EPS)
 
 
-def grouped(x: Tensor, spec: AffineSpec) -> Tensor:
+def grouped(x: Tensor, spec: Granular) -> Tensor:
     """View x [..., n] so that its last dimension shares one scale: [..., n/g, g] for groups, else x."""
     if spec.granularity != "group":
         return x

@@ -1,12 +1,13 @@
 """Dense bit packing: each row is a little-endian bit stream over int32 words, padded to a whole word.
 
 The layout is that of compressed-tensors' ``pack-quantized``: code q in [-2^(b-1), 2^(b-1)-1] is stored as the
-unsigned q + 2^(b-1) in bits [i*b, i*b + b) of its row. Words are read as bytes, so the host has to be
-little-endian.
+unsigned q + 2^(b-1) in bits [i*b, i*b + b) of its row. Trits q in {-1, 0, 1} go five to a byte, its digits q + 1
+in base 3, lowest first: 1.6 bits each. Words are read as bytes, so the host has to be little-endian.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from math import gcd
 
@@ -27,7 +28,7 @@ def packed_width(columns: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack signed int8 codes [rows, columns] into int32 [rows, packed_width], on the codes' device.
 
-    Raises InputError for bits outside 2..8 or codes that are not int8. Codes outside the grid lose their high
+    Raises InputError for bits outside 1..8 or codes that are not int8. Codes outside the grid lose their high
     bits.
     """
     if codes.dtype != torch.int8:
@@ -83,10 +84,52 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     return out
 
 
+def trits_width(columns: int) -> int:
+    """int32 words of a packed row of trits."""
+    return -(-columns // 20)
+
+
+def pack_trits(codes: Tensor) -> Tensor:
+    """Pack int8 codes [rows, columns] of -1, 0, 1 into int32 [rows, trits_width]. Raises InputError for others."""
+    if codes.dtype != torch.int8 or (codes.numel() and int(codes.abs().max()) > 1):
+        raise InputError("codes to pack as trits are not int8 in -1..1", "encode first")
+    rows, columns = codes.shape
+    width = trits_width(columns)
+    out = torch.empty(rows, width * 4, dtype=torch.uint8, device=codes.device)
+    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=codes.device)
+    for start, stop in _blocks(rows, columns):
+        digits = F.pad(codes[start:stop] + 1, (0, width * 20 - columns)).view(torch.uint8)
+        out[start:stop] = (digits.unflatten(1, (-1, 5)) * powers).sum(-1, dtype=torch.uint8)
+    return out.view(torch.int32)
+
+
+def unpack_trits(packed: Tensor, columns: int) -> Tensor:
+    """int8 codes [rows, columns] of ``pack_trits``'s words, on their device."""
+    rows = packed.shape[0]
+    if packed.dtype != torch.int32 or packed.shape[1] != trits_width(columns):
+        raise InputError(
+            f"packed {packed.dtype} of width {packed.shape[1]} is not {columns} trits",
+            f"expected int32 words, {trits_width(columns)} a row",
+        )
+    table = _trits().to(packed.device)
+    out = torch.empty(rows, columns, dtype=torch.int8, device=packed.device)
+    for start, stop in _blocks(rows, columns):
+        octets = packed[start:stop].contiguous().view(torch.uint8)
+        out[start:stop] = table.index_select(0, octets.flatten().int()).view(stop - start, -1)[:, :columns]
+    return out
+
+
+@functools.cache
+def _trits() -> Tensor:
+    """The five trits of each byte [256, 5], int8; bytes beyond 3^5 - 1 are never written."""
+    octet = torch.arange(256)
+    return torch.stack([octet // 3**i % 3 - 1 for i in range(5)], dim=1).to(torch.int8)
+
+
 def _layout(bits: int) -> tuple[int, int, list[tuple[int, int, int]]]:
     """The stream repeats every ``period`` codes, ``octets`` bytes; (code, first byte, first bit) of each."""
-    if not 2 <= bits <= 8:
-        raise InputError(f"cannot pack {bits} bits", "choose bits in 2..8")
+    if not 1 <= bits <= 8:
+        raise InputError(f"cannot pack {bits} bits", "choose bits in 1..8")
     period = 8 // gcd(8, bits)
     return period, period * bits // 8, [(i, i * bits // 8, i * bits % 8) for i in range(period)]
 

@@ -1,5 +1,6 @@
 """The mathematics: tensors in, tensors out. Knows no modules and no files."""
 
+from calib.solvers.allocate import allocate
 from calib.solvers.awq import awq_scale, search_power
 from calib.solvers.basis import (
     TRUNCATIONS,
@@ -13,6 +14,7 @@ from calib.solvers.basis import (
 )
 from calib.solvers.compensate import COMPENSATIONS, error_bases, loftq
 from calib.solvers.gptq import gptq
+from calib.solvers.grid import bias_correction, rounded, weight_params
 from calib.solvers.objective import LinearObjective, quantize_input, quantize_weight
 from calib.solvers.os_plus import Search, midpoint, rank_coarse, scale_for, search_exhaustive, search_fast
 from calib.solvers.smoothquant import smoothing_scale
@@ -24,8 +26,10 @@ __all__ = [
     "InputStatistics",
     "LinearObjective",
     "Search",
+    "allocate",
     "awq_scale",
     "bases",
+    "bias_correction",
     "choose_ranks",
     "error_bases",
     "gptq",
@@ -35,6 +39,7 @@ __all__ = [
     "quantize_weight",
     "rank_coarse",
     "refit",
+    "rounded",
     "scale_for",
     "search_exhaustive",
     "search_fast",
@@ -42,4 +47,5 @@ __all__ = [
     "smoothing_scale",
     "svd_llm_bases",
     "uniform_ranks",
+    "weight_params",
 ]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from calib.errors import NumericsError
-from calib.quantizers import AffineSpec, qparams, weight_range
+from calib.quantizers import AnyWeight
+from calib.solvers.grid import weight_params
 
 BLOCK = 128
 
@@ -29,7 +30,7 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
 def gptq(
     weight: Tensor,
     gram: Tensor,
-    spec: AffineSpec,
+    spec: AnyWeight,
     damp: float = 0.01,
     act_order: bool = True,
     cross: Tensor | None = None,
@@ -45,8 +46,9 @@ def gptq(
     if cross is not None:
         weight = towards(weight, gram, cross, damp)
     energy = gram.diagonal().clone()
-    scale, zero_point = qparams(*weight_range(weight, spec, energy / energy.mean().clamp(min=1e-12)), spec)
-    column_scale, column_zero = _per_column(scale, spec, n), _per_column(zero_point.float(), spec, n)
+    scale, zero_point = weight_params(weight, spec, energy / energy.mean().clamp(min=1e-12))
+    column = spec.with_(granularity="channel", group_size=None)  # the same levels, for one column of scales
+    column_scale, column_zero = (_per_column(params, spec, n) for params in (scale, zero_point))
     gram = gram.clone()
     dead = energy <= 0
     gram[dead, dead] = 1.0
@@ -54,21 +56,20 @@ def gptq(
     factor = inverse_factor(gram[order][:, order], damp)
     rest = weight.float()[:, order].clone()
     steps, zeros = column_scale[:, order], column_zero[:, order]
-    codes = torch.empty_like(rest)
+    codes = torch.empty_like(rest, dtype=torch.int8)
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
         block, errors = rest[:, start:end], torch.zeros_like(rest[:, start:end])
         for i in range(end - start):
-            column, d = block[:, i], factor[start + i, start + i]
-            step, zero = steps[:, start + i], zeros[:, start + i]
-            q = torch.round(column / step).add_(zero).clamp_(spec.qmin, spec.qmax)
-            codes[:, start + i] = q
-            errors[:, i] = (column - (q - zero) * step) / d
+            values, params = block[:, i : i + 1], (steps[:, start + i], zeros[:, start + i])
+            q = column.encode(values, *params)
+            codes[:, start + i] = q[:, 0]
+            errors[:, i] = (values - column.decode(q, *params))[:, 0] / factor[start + i, start + i]
             block[:, i:] -= torch.outer(errors[:, i], factor[start + i, start + i : end])
         rest[:, end:] -= errors @ factor[start:end, end:]
     result = torch.empty_like(codes)
     result[:, order] = codes
-    return result.to(torch.int8), scale, zero_point
+    return result, scale, zero_point
 
 
 def towards(weight: Tensor, gram: Tensor, cross: Tensor, damp: float) -> Tensor:
@@ -86,9 +87,10 @@ def towards(weight: Tensor, gram: Tensor, cross: Tensor, damp: float) -> Tensor:
     return (weight.double() + torch.cholesky_solve(drift.T, lower).T).to(weight.dtype)
 
 
-def _per_column(values: Tensor, spec: AffineSpec, n: int) -> Tensor:
-    """Scales as [rows, n], one a column."""
-    if spec.granularity == "group":
+def _per_column(params: Tensor, spec: AnyWeight, n: int) -> Tensor:
+    """Scales or zero points as [rows, n, p], those of each column; p: how many a granule has."""
+    if params.dim() == 3:
         assert spec.group_size is not None
-        return values.squeeze(-1).repeat_interleave(spec.group_size, dim=1)
-    return values.reshape(-1, 1).expand(-1, n)
+        return params.repeat_interleave(spec.group_size, dim=1)
+    params = params if params.dim() == 2 else params.reshape(1, 1)  # one for all
+    return params.unsqueeze(1).expand(-1, n, -1)

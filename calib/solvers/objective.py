@@ -13,8 +13,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from calib.quantizers import AffineSpec, fake_quantize, fake_quantize_dynamic, qparams, weight_range
+from calib.quantizers import AffineSpec, AnyWeight, fake_quantize, fake_quantize_dynamic, qparams, weight_range
 from calib.quantizers.product import LONGEST, int_mm_refusal
+from calib.solvers.grid import rounded
 
 CACHED = 1 << 18  # elements treated at a time by a chain of in-place operations
 PRODUCT = 1 << 22  # outputs computed at a time
@@ -31,15 +32,20 @@ def quantize_input(x: Tensor, spec: AffineSpec | None, lo: Tensor, hi: Tensor) -
     return fake_quantize(x, *qparams(lo.amin(), hi.amax(), spec), spec)
 
 
-def quantize_weight(weight: Tensor, spec: AffineSpec) -> Tensor:
-    """Fake-quantize weight [m, n] with min-max ranges at the spec's granularity (no clipping inside a search)."""
+def quantize_weight(weight: Tensor, spec: AnyWeight) -> Tensor:
+    """Fake-quantize weight [m, n] with min-max ranges, or the published scales (no clipping inside a search)."""
+    if not isinstance(spec, AffineSpec):
+        codes, *params = rounded(weight, spec.with_(range="published"))
+        return spec.decode(codes, *params)
     plain = spec.with_(range="minmax")
     return fake_quantize(weight, *qparams(*weight_range(weight, plain), plain), plain)
 
 
-def takes_integers(inputs: AffineSpec | None, weights: AffineSpec, weight: Tensor) -> bool:
+def takes_integers(inputs: AffineSpec | None, weights: AnyWeight, weight: Tensor) -> bool:
     """True where the products of these formats with weight [m, n] are sums of int8 products, exact on this machine."""
-    if inputs is None or not weights.symmetric or weights.granularity not in ("channel", "tensor"):
+    if inputs is None or not isinstance(weights, AffineSpec):
+        return False
+    if not weights.symmetric or weights.granularity not in ("channel", "tensor"):
         return False
     rows = inputs.granularity == ("token" if inputs.dynamic else "tensor")
     fits = weight.device.type == "cpu" and weight.shape[1] <= LONGEST
@@ -165,7 +171,7 @@ class LinearObjective:
         lo: Tensor,
         hi: Tensor,
         inputs: AffineSpec | None,
-        weights: AffineSpec,
+        weights: AnyWeight,
         rotate: Callable[[Tensor], Tensor] | None = None,
         integer: bool = True,
     ) -> None:
@@ -228,6 +234,7 @@ class LinearObjective:
             x, weight = self.rotate(x / scale), self.rotate(weight * scale)
             lo, hi, scale = x.amin(0), x.amax(0), torch.ones_like(scale)
         if self._codes is None or self.rotate is not None:
+            assert isinstance(self.weights, AffineSpec)
             self._codes = WeightCodes(weight, self.weights)
         self._codes(weight, scale)
         codes, total = InputCodes(self.inputs, lo, hi, scale), 0.0

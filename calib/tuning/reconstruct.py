@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib.errors import InputError
 from calib.nn import CalledAsWeight, QuantLinear
-from calib.quantizers import grouped
+from calib.quantizers import AffineSpec, grouped
 
 INSIDE = 0.49  # how far from its code a weight may lie at the start
 FACTORS = (0.7, 1.2)  # of a scale
@@ -32,6 +33,8 @@ class LearnedLinear(CalledAsWeight, nn.Module):
     def __init__(self, module: QuantLinear, weight: Tensor) -> None:
         super().__init__()
         spec = module.weight_spec
+        if not isinstance(spec, AffineSpec):
+            raise InputError(f"learned rounding is for affine grids, not {spec.kind}", "leave out refine")
         self.module, self.spec, self.shape = module, spec, weight.shape
         scale, zero = module.weight_scale, module.weight_zero_point
         self.scale = scale

@@ -112,7 +112,12 @@ def sites() -> tuple[LlamaForCausalLM, list[SiteState], list[str]]:
     recipe = Recipe(scheme=SCHEMES["w8a8-static"])
     plan = make_plan(model, recipe, {"input_ids": torch.arange(32)[None]})
     (name,) = plan.blocks
-    states = [SiteState(model.get_submodule(name), s, recipe, whole=True, gram=False) for s in plan.blocks[name].sites]
+    states = [
+        SiteState(
+            model.get_submodule(name), s, recipe, [recipe.scheme.weights] * len(s.consumers), whole=True, gram=False
+        )
+        for s in plan.blocks[name].sites
+    ]
     return model, states, [state.site.groups[0][0] for state in states]
 
 

@@ -1,0 +1,220 @@
+"""Grids of 1 to 4 bits, rounded after training: relative error on synthetic rows, then quality of real models.
+
+    python experiments/low_bit/run.py synthetic         # 2048 x 1024, every grid, published and searched scales
+    python experiments/low_bit/run.py smollm2           # WikiText-2 test perplexity, weights only
+    python experiments/low_bit/run.py minilm            # SST-2 classifier: accuracy and logits error
+    python experiments/low_bit/run.py smollm2 --figure  # size against quality, every arm
+
+Finished cells are kept in results-<part>.json and skipped on the next run; --only 'A;B' runs the cells whose name holds
+A or B. Calibration data are validation (WikiText-2) and train (SST-2) splits, never test. Bits a weight count scales;
+an asymmetric affine grid is counted with fp16 scales and zero points of its own width, as rivals store it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import calib
+from calib.evaluate import classification, perplexity
+from calib.export.hf import set_mode
+from calib.nn import QuantLinear
+from calib.quantizers import AffineSpec, AnyWeight, DualBinarySpec, LevelSpec, bits_per_weight
+from calib.recipe import Scheme
+from calib.solvers import rounded
+from model_zoo.sources import load_model
+
+HERE = Path(__file__).parent
+SHARED = HERE.parents[2] / "shared"
+WIKITEXT, SST2 = SHARED / "data/wikitext-2", SHARED / "data/sst2"
+SMALL = {"samples": 2, "seq_len": 32}  # for what looks at no data
+
+
+@dataclass
+class Arm:
+    """One grid at one granularity with one way to round."""
+
+    name: str
+    weights: AnyWeight
+    method: str = "rtn"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def levels(kind: Any, count: int, group: int, range: Any = "mse") -> LevelSpec:
+    return LevelSpec(kind=kind, levels=count, granularity="group", group_size=group, range=range)
+
+
+def planes(group: int, range: Any = "mse") -> DualBinarySpec:
+    return DualBinarySpec(granularity="group", group_size=group, range=range)
+
+
+def affine(bits: int, group: int, symmetric: bool = False, range: Any = "minmax") -> AffineSpec:
+    return AffineSpec(bits, symmetric, "group", group, range=range)
+
+
+def arms() -> list[Arm]:
+    found = [
+        Arm("2 bit, asymmetric, RTN, g64", affine(2, 64), options=SMALL),
+        Arm("2 bit, FDB, searched + feedback, g64", planes(64), "gptq"),
+        Arm("2 bit, SEQ, searched, g64", levels("seq", 4, 64)),
+        Arm("2 bit, asymmetric, RTN, g32", affine(2, 32), options=SMALL),
+        Arm("2 bit, SEQ, searched, g32", levels("seq", 4, 32)),
+        Arm("2 bit, SEQ, searched + feedback, g32", levels("seq", 4, 32), "gptq"),
+        Arm("2 bit, FDB, searched, g64", planes(64)),
+    ]
+    grids: dict[str, tuple[AnyWeight, AnyWeight | None]] = {  # searched, and as published
+        "1 bit, binary": (levels("binary", 2, 64), levels("binary", 2, 64, "published")),
+        "1.58 bit, SEQ": (levels("seq", 3, 64), levels("tbt", 3, 64, "published")),
+        "2 bit, SEQ": (levels("seq", 4, 64), levels("seq", 4, 64, "published")),
+        "2 bit, FDB": (planes(64), planes(64, "published")),
+        "2 bit, asymmetric": (affine(2, 64, range="mse"), None),
+        "3 bit, SEQ": (levels("seq", 8, 64), levels("seq", 8, 64, "published")),
+        "3 bit, LSQ": (levels("lsq", 8, 64), levels("lsq", 8, 64, "published")),
+        "3 bit, asymmetric": (affine(3, 64, range="mse"), affine(3, 64)),
+        "4 bit, SEQ": (levels("seq", 16, 64), levels("seq", 16, 64, "published")),
+        "4 bit, LSQ": (levels("lsq", 16, 64), levels("lsq", 16, 64, "published")),
+        "4 bit, asymmetric": (affine(4, 64, range="mse"), affine(4, 64)),
+    }
+    for name, (searched, plain) in grids.items():
+        if plain is not None:
+            found.append(Arm(f"{name}, RTN, g64", plain, options=SMALL))
+        found.append(Arm(f"{name}, searched, g64", searched))
+        found.append(Arm(f"{name}, searched + feedback, g64", searched, "gptq"))
+        found.append(Arm(f"{name}, + bias correction, g64", searched, "gptq", {"bias_correction": True}))
+        found.append(Arm(f"{name}, + OS+, g64", searched, "os+,gptq", {"bias_correction": True}))
+    return list({arm.name: arm for arm in found}.values())
+
+
+def bits_of(shape: tuple[int, int], spec: AnyWeight) -> float:
+    return bits_per_weight(shape, spec, 16) if isinstance(spec, AffineSpec) else spec.bits_per_weight(shape)
+
+
+def synthetic() -> None:
+    """Relative squared errors on Gaussian, Laplace and uniform rows."""
+    draw = torch.Generator().manual_seed(0)
+    uniform = torch.rand(2048, 1024, generator=draw) - 0.5
+    rows = {
+        "gaussian": torch.randn(2048, 1024, generator=draw),
+        "laplace": -uniform.sign() * torch.log1p(-2 * uniform.abs()),
+        "uniform": 2 * uniform,
+    }
+    specs: dict[str, AnyWeight] = {
+        "binary": LevelSpec(kind="binary", levels=2, range="published"),
+        **{kind: LevelSpec(kind=kind, levels=3, range="published") for kind in ("tbt", "twn", "absmean")},  # type: ignore[arg-type]
+        **{
+            f"{kind} {count} levels, {rule}": LevelSpec(kind=kind, levels=count, range=rule)  # type: ignore[arg-type]
+            for kind, counts in (("seq", (3, 4, 8, 16)), ("lsq", (4, 8, 16)))
+            for count in counts
+            for rule in ("published", "mse")
+        },
+        "fdb g64, published": planes(64, "published"),
+        "fdb g64, mse": planes(64),
+        "asymmetric 2 bit g64, minmax": affine(2, 64),
+    }
+    figures: dict[str, Any] = {}
+    for name, spec in specs.items():
+        figures[name] = {"bits": bits_of((2048, 1024), spec)}
+        for kind, weight in rows.items():
+            codes, *params = rounded(weight, spec)
+            error = (spec.decode(codes, *params) - weight).square().sum() / weight.square().sum()
+            figures[name][kind] = round(float(error), 5)
+        print(f"{name:30s}", "  ".join(f"{k} {v:.4f}" for k, v in figures[name].items()))
+    about = {"shape": [2048, 1024], "seed": 0, "torch": torch.__version__}
+    (HERE / "results-synthetic.json").write_text(json.dumps({**about, "errors": figures}, indent=1) + "\n")
+
+
+def smollm2(arm: Arm | None, args: argparse.Namespace) -> dict[str, Any]:
+    test = WIKITEXT / "test.txt"
+    if arm is None:
+        model, tokenizer = load_model("smollm2-135m", progress=False)
+        return {"perplexity": perplexity(model, tokenizer, test, windows=args.windows).value}
+    options = {"samples": args.samples, "seq_len": 512, "seed": args.seed, **arm.options}
+    scheme = Scheme(name=arm.name, weights=arm.weights)
+    result = calib.quantize("smollm2-135m", scheme, arm.method, WIKITEXT / "valid.txt", progress=False, **options)
+    set_mode(result.model, "packed")
+    found = perplexity(result.model, result.tokenizer, test, windows=args.windows)
+    return {"perplexity": found.value, "ci95": found.ci95, **cost(result, arm)}
+
+
+def minilm(arm: Arm | None, args: argparse.Namespace) -> dict[str, Any]:
+    folder = SHARED / "models/minilm-l6-sst2"
+    model, tokenizer = load_model(folder, progress=False)
+    reference = classification(model, tokenizer, SST2 / "test.tsv")
+    if arm is None:
+        return {"accuracy": reference.value, "ci95": reference.ci95}
+    scheme = Scheme(name=arm.name, weights=arm.weights)
+    options = {"seed": args.seed, **arm.options}
+    result = calib.quantize(folder, scheme, arm.method, SST2 / "train.tsv", progress=False, **options)
+    set_mode(result.model, "packed")
+    found = classification(result.model, result.tokenizer, SST2 / "test.tsv")
+    error = float((found.outputs - reference.outputs).square().mean())
+    return {"accuracy": found.value, "logits_mse": error, **cost(result, arm)}
+
+
+def cost(result: calib.Result, arm: Arm) -> dict[str, Any]:
+    """Bits a quantized weight, bytes of the quantized linears' tensors, seconds of the run."""
+    modules = [m for m in result.model.modules() if isinstance(m, QuantLinear)]
+    weights = sum(m.in_features * m.out_features for m in modules)
+    bits = sum(bits_of((m.out_features, m.in_features), arm.weights) * m.in_features * m.out_features for m in modules)
+    stored = sum(t.nbytes for m in modules for t in m.state_dict().values())
+    return {"bits": bits / weights, "stored_bytes": stored, "seconds": round(result.seconds["total"], 1)}
+
+
+def figure(part: str) -> None:
+    from matplotlib import pyplot
+
+    cells = json.loads((HERE / f"results-{part}.json").read_text())["cells"]
+    measure = "perplexity" if part == "smollm2" else "logits_mse"
+    _, axes = pyplot.subplots(figsize=(9, 6))
+    for name, cell in cells.items():
+        if "bits" in cell:
+            axes.scatter(cell["bits"], cell[measure])
+            axes.annotate(name, (cell["bits"], cell[measure]), fontsize=6)
+    if "float" in cells and measure in cells["float"]:
+        axes.axhline(cells["float"][measure], linestyle=":", color="black")
+    axes.set(xlabel="bits a weight, scales included", ylabel=measure, yscale="log")
+    pyplot.savefig(HERE / f"size-{part}.png", dpi=150, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=["synthetic", "smollm2", "minilm"])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--figure", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.part == "synthetic":
+        return synthetic()
+    if args.figure:
+        return figure(args.part)
+    file = HERE / f"results-{args.part}.json"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "calib": calib.__version__}
+    about = {"machine": platform.machine(), **vars(args), "versions": versions}
+    for arm in [None, *arms()]:
+        results = json.loads(file.read_text()) if file.exists() else {"cells": {}}
+        name = "float" if arm is None else arm.name
+        if name in results["cells"] or not any(part in name for part in args.only.split(";")):
+            continue
+        figures = (smollm2 if args.part == "smollm2" else minilm)(arm, args)
+        described = {} if arm is None else {"weights": repr(arm.weights), "method": arm.method, **arm.options}
+        results = json.loads(file.read_text()) if file.exists() else {"cells": {}}  # two runs may fill one table
+        results["cells"][name] = {**described, **figures, **{k: v for k, v in about.items() if k != "only"}}
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        print(time.strftime("%H:%M:%S"), name, json.dumps(figures), flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()
