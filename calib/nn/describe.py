@@ -14,7 +14,7 @@ from calib.nn.activation import ActivationQuantizer
 from calib.nn.linear import QuantLinear
 from calib.nn.low_rank import LowRankLinear
 from calib.nn.side_branch import SideBranch
-from calib.quantizers import AffineSpec, AnyWeight, describe_weight
+from calib.quantizers import AffineSpec, AnyWeight, describe_weight, weight_spec
 
 
 def describe_linear(module: QuantLinear | LowRankLinear) -> dict[str, Any]:
