@@ -74,7 +74,7 @@ def quantize(
     if out is not None:
         prepare.check_apart(out, model, data)
         check_out(out, overwrite=overwrite)
-    tried: auto.Tried | None = None
+    recipe, tried = _recipe(scheme, method, format, dtype, scheme_options, options), None
     if method == "auto":
         data = data if data is None or isinstance(data, (str, os.PathLike, Like)) else list(data)
         common = {"tokenizer": tokenizer, "format": format, "dtype": dtype, "progress": progress}
@@ -83,7 +83,7 @@ def quantize(
             kept = None if overwrite else out
             tried = auto.tried(quantize, model, formats, data, kept, auto_seconds, common, options)
         method, options = tried.candidate.method, {**tried.candidate.options, **options}
-    recipe = _recipe(scheme, method, format, dtype, scheme_options, options)
+        recipe = _recipe(scheme, method, format, dtype, scheme_options, options)
     prepare.join_ranks(model, out)
     progress = progress and ranks.rank() == 0
     training = basel_of(recipe)

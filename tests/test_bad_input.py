@@ -236,7 +236,7 @@ REQUESTS: dict[str, tuple[Make, int, tuple[str, ...]]] = {
         2,
         ("no tokenizer", "--prefix 1"),
     ),
-    "empty prefix": (lambda z, g: (z.llama, ["--prefix", ""]), 2, ("no tokens", "auto, none")),
+    "empty prefix": (lambda z, g: (z.llama, ["--prefix", ""]), 2, ("no tokens", "auto, on, none")),
     "prefix token": (lambda z, g: (z.llama, ["--prefix", "1,9999"]), 2, ("9999", "vocabulary of 258")),
     "prefix and windows": (
         lambda z, g: (z.gpt2(), ["--prefix", "1,2", "--seq-len", "128"]),

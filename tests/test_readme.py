@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from calib import cli, recipe
+from calib import auto, cli, recipe
 from calib.options import RecipeOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +93,9 @@ def test_readme_command_parses(arguments: list[str]) -> None:
         chosen = RecipeOptions(**{key: given[key] for key in names}).arguments(given["model"])
         scheme = recipe.scheme(chosen.pop("scheme"), **chosen.pop("scheme_options"))
         stock = chosen.pop("format") == "compressed-tensors"
-        recipe.recipe(scheme, chosen.pop("method"), stock, **chosen)
+        method = chosen.pop("method")
+        method = auto.candidates(scheme, stock)[0].method if method == "auto" else method
+        recipe.recipe(scheme, method, stock, **chosen)
 
 
 def test_options_named_in_the_text_exist() -> None:

@@ -8,7 +8,8 @@
 
 A cell is one model, scheme, method and seed. Finished cells are kept in results-<model>.json and skipped; --all adds
 the ablations. Calibration: 64 x 512 tokens of WikiText-2's validation text (the seed draws them), 128 training
-sentences of SST-2 and STS-B; test splits only judge. Weight-only schemes are symmetric in groups of 64. What was chosen between was chosen on other data.
+sentences of SST-2 and STS-B; test splits only judge, and what was chosen between was chosen on other data. Weight-only
+schemes are symmetric in groups of 64.
 """
 
 from __future__ import annotations
