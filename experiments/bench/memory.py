@@ -117,9 +117,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def measure(model: str, options: dict[str, Any], baseline: float, limit: int = 0) -> dict[str, Any]:
     """One streamed run against what ``calib plan`` allows it."""
     shape = {key: options[key] for key in ("samples", "seq_len", "batch_size")}
-    cost = calib.cost(model, progress=False, **shape)
+    cost = calib.cost(model, method="os+", progress=False, **shape)
     activations = (cost.working_bytes + cost.kept_bytes) / MIB
-    found = child({"model": model, "overwrite": True, **options}, limit)
+    found = child({"model": model, "method": "os+", "overwrite": True, **options}, limit)
     block = cost.block_bytes / MIB
     return {
         "model": Path(model).name,
@@ -150,7 +150,7 @@ def main() -> None:
     data = options.data if Path(options.data).exists() else None
     with tempfile.TemporaryDirectory(dir=options.folder) as text:
         folder = Path(text)
-        small = {"samples": 128, "seq_len": 512, "batch_size": 8, "data": data, "out": str(folder / "small")}
+        small = {"samples": 32, "seq_len": 512, "batch_size": 8, "data": data, "out": str(folder / "small")}
         rows.append(measure("smollm2-135m", small, baseline))
         make_llama(folder / "large", options.large_gb)
         run = {"samples": 8, "seq_len": 128, "batch_size": 4}
@@ -165,6 +165,7 @@ def main() -> None:
         )
         whole = calib.quantize(
             str(folder / "large"),
+            method="os+",
             data=[{"input_ids": row} for row in _ids(run)],
             progress=False,
             **run,

@@ -24,7 +24,7 @@ DATA = "../shared/data/wikitext-2/valid.txt"
 
 def compare(model: str, samples: int, seq_len: int, data: str | None) -> dict[str, Any]:
     """One model's row."""
-    shape = {"samples": samples, "seq_len": seq_len, "batch_size": 8}
+    shape = {"samples": samples, "seq_len": seq_len, "batch_size": 8, "method": "os+"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         cost = calib.cost(model, progress=False, out=out, **shape)
