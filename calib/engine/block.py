@@ -262,18 +262,19 @@ class BlockCalibration:
         assert floats is not None
         path, n = state.site.groups[0][0], state.site.features
         gram, cross = torch.zeros(n, n), torch.zeros(n, n)
-        for j, (call, mask) in enumerate(zip(self.given.calls, self.given.masks, strict=True)):
-            with self._unquantized():
-                x = self._input_of(path, functools.partial(call.run, self.block, floats[j]))
-            got = quantizer.on_grid(self._input_of(path, self.runs[j]).float())
-            tokens = self.given.hidden[j].shape[:2].numel()
-            x, got = x.float().flatten(0, -2), got.flatten(0, -2)
-            if len(x) != tokens or len(got) != tokens:  # rows routed to an expert: others in each network
-                x = got
-            elif mask is not None:
-                x, got = x[mask.flatten()], got[mask.flatten()]
-            gram.addmm_(got.T, got)
-            cross.addmm_(x.T, got)
+        with packed(self.block):
+            for j, (call, mask) in enumerate(zip(self.given.calls, self.given.masks, strict=True)):
+                with self._unquantized():
+                    x = self._input_of(path, functools.partial(call.run, self.block, floats[j]))
+                got = quantizer.on_grid(self._input_of(path, self.runs[j]).float())
+                tokens = self.given.hidden[j].shape[:2].numel()
+                x, got = x.float().flatten(0, -2), got.flatten(0, -2)
+                if len(x) != tokens or len(got) != tokens:  # rows routed to an expert: others in each network
+                    x = got
+                elif mask is not None:
+                    x, got = x[mask.flatten()], got[mask.flatten()]
+                gram.addmm_(got.T, got)
+                cross.addmm_(x.T, got)
         return gram, cross
 
     def _input_of(self, path: str, run: Callable[[], Tensor]) -> Tensor:
