@@ -1,0 +1,100 @@
+"""Rounding against quantized inputs, AWQ's powers, and both through the engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import calib
+from calib.errors import InputError, NumericsError
+from calib.quantizers import AffineSpec
+from calib.recipe import recipe, scheme
+from calib.solvers import awq_scale, gptq, search_power
+from calib.solvers.awq import POWERS
+from calib.solvers.gptq import towards
+from tests.families import batches, build, logits
+
+SPEC = AffineSpec(4)
+
+
+def pair(seed: int, rows: int = 200, n: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    """Float rows, what a coarse grid and a drift upstream make of them, and a weight."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, n, generator=g) @ torch.randn(n, n, generator=g)
+    moved = x @ (torch.eye(n) + 0.05 * torch.randn(n, n, generator=g))
+    return x, (moved / 2).round() * 2, torch.randn(16, n, generator=g)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=15, deadline=None)
+def test_the_target_weight_is_the_least_squares_one(seed: int) -> None:
+    x, got, w = pair(seed)
+    found = towards(w, got.T @ got, x.T @ got, damp=1e-9)
+    best = torch.linalg.lstsq(got.double(), (x @ w.T).double()).solution.T
+    assert torch.allclose(found.double(), best, atol=1e-3 * float(best.abs().max()))
+    error = ((x @ w.T) - got @ found.T).square().sum()
+    assert error <= ((x @ w.T) - got @ w.T).square().sum() * (1 + 1e-5)
+
+
+def test_equal_inputs_leave_gptq_as_it_is() -> None:
+    x, _, w = pair(0)
+    gram = x.T @ x
+    assert torch.allclose(towards(w, gram, gram, 0.01), w, atol=1e-5)
+    for a, b in zip(gptq(w, gram, SPEC), gptq(w, gram, SPEC, cross=gram), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_paired_rounding_beats_plain_rounding_on_quantized_inputs(seed: int) -> None:
+    x, got, w = pair(seed)
+    gram, want = got.T @ got, x @ w.T
+    errors = []
+    for cross in (None, x.T @ got):
+        codes, scale, _ = gptq(w, gram, SPEC, cross=cross)
+        errors.append(float((want - got @ (codes * scale).T).square().sum()))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_rows_that_say_nothing_are_refused_or_harmless() -> None:
+    _, _, w = pair(0)
+    zero = torch.zeros(24, 24)
+    assert torch.isfinite(towards(w, zero, zero, 0.01)).all()
+    with pytest.raises(NumericsError):
+        towards(w, zero, torch.full_like(zero, torch.nan), 0.01)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_awq_takes_the_best_power_and_is_never_worse_than_none(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    mean = torch.rand(32, generator=g) * 10 + 1e-3
+    table = {power: float(torch.rand((), generator=g)) for power in POWERS}
+    scales = {float(awq_scale(mean, power).sum()): value for power, value in table.items()}
+
+    def loss(scale: Tensor) -> float:
+        return scales.get(float(scale.sum()), 0.5)
+
+    found = search_power(mean, loss, loss)
+    assert found.loss == min(0.5, *table.values()) and found.identity_loss == 0.5
+    s = awq_scale(mean, 0.5)
+    assert float(s.amax() * s.amin()) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "mixtral", "bart"])
+def test_in_the_engine_the_output_comes_nearer(family: str) -> None:
+    data, fresh = batches(family, 8, rows=8), batches(family, 1, seed=7)[0]
+    want = logits(build(family), fresh)
+    errors = {}
+    for method in ("gptq", "gptaq"):
+        result = calib.quantize(build(family), "w4a8-static", method, data, prefix="none", progress=False)
+        errors[method] = float((logits(result.model, fresh) - want).norm())
+    assert errors["gptaq"] < errors["gptq"]
+
+
+def test_awq_and_gptaq_are_methods_with_clear_limits() -> None:
+    assert recipe(scheme("w4a16"), "awq,gptaq").methods == ("awq", "gptaq")
+    with pytest.raises(InputError, match="gptaq takes no value"):
+        recipe(scheme("w4a16"), "gptaq:3")
