@@ -17,4 +17,4 @@ def awq_scale(mean: Tensor, power: float) -> Tensor:
 
 def search_power(mean: Tensor, rank: Loss, exact: Loss) -> Search:
     """The power among 0 (s = 1) and ``POWERS`` with the least error; ``threshold`` holds it, inf for s = 1."""
-    return ranked_search(POWERS, lambda power: awq_scale(mean, power), rank, exact)
+    return ranked_search(POWERS, lambda power: awq_scale(mean, power), rank, exact, jag=float("inf"))
