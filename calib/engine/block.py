@@ -23,7 +23,7 @@ from calib.nn import ActivationQuantizer, AttentionFormat, QuantLinear, attentio
 from calib.observers import Moments
 from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
-from calib.solvers import bias_correction
+from calib.solvers import Pairs, bias_correction
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
 from calib.tuning import reconstruct
 
@@ -187,7 +187,7 @@ class BlockCalibration:
 
     def _quantize_site(self, state: SiteState, floats: HiddenList | None) -> None:
         quantizer = state.quantizer(self.recipe.scheme.inputs)
-        gram, cross = self._observe_pairs(state, quantizer, floats) if self._pairs(state.site) else (None, None)
+        gram, pairs = self._observe_pairs(state, quantizer, floats) if self._pairs(state.site) else (None, None)
         for group, moments in zip(state.site.groups, state.moments, strict=True):
             inside = {
                 p: m for p in group if self._planned(p) and isinstance(m := self.block.get_submodule(p), nn.Linear)
@@ -199,7 +199,7 @@ class BlockCalibration:
             rounded: dict[str, dict[str, Tensor]] = {}
             for spec in dict.fromkeys(spec_of.values()):
                 same = {path: linear for path, linear in dense.items() if spec_of[path] == spec}
-                rounded |= self._round(same, moments.gram if gram is None else gram, spec, cross)
+                rounded |= self._round(same, moments.gram if gram is None else gram, spec, pairs)
             importance = moments.second_moment.float() if moments.count else None
             for path, linear in dense.items():
                 weight = linear.weight.detach()
@@ -255,13 +255,14 @@ class BlockCalibration:
 
     def _observe_pairs(
         self, state: SiteState, quantizer: ActivationQuantizer, floats: HiddenList | None
-    ) -> tuple[Tensor, Tensor]:
-        """X'^T X' and X^T X' [n, n] fp32: X the transformed rows that the float model feeds the site, X' those that the
-        quantized blocks and sites before it do, on the site's own grid. Where a router chooses the rows, X is X'.
+    ) -> tuple[Tensor, Pairs]:
+        """X'^T X' [n, n] fp32 and the pairs: X the transformed rows that the float model feeds the site, X' those that
+        the quantized blocks and sites before it do, on the site's own grid. Where a router chooses the rows, X is X'.
         """
         assert floats is not None
         path, n = state.site.groups[0][0], state.site.features
         gram, cross = torch.zeros(n, n), torch.zeros(n, n)
+        count, drift = 0, 0.0
         with packed(self.block):
             for j, (call, mask) in enumerate(zip(self.given.calls, self.given.masks, strict=True)):
                 with self._unquantized():
@@ -275,7 +276,8 @@ class BlockCalibration:
                     x, got = x[mask.flatten()], got[mask.flatten()]
                 gram.addmm_(got.T, got)
                 cross.addmm_(x.T, got)
-        return gram, cross
+                count, drift = count + len(got), drift + float((x - got).square().sum(dtype=torch.float64))
+        return gram, Pairs(cross, count, drift)
 
     def _input_of(self, path: str, run: Callable[[], Tensor]) -> Tensor:
         """What a Linear takes, behind its transforms, in a run that ends there."""
@@ -331,7 +333,7 @@ class BlockCalibration:
         return dense
 
     def _round(
-        self, linears: Mapping[str, nn.Linear], gram: Tensor | None, spec: AnyWeight, cross: Tensor | None = None
+        self, linears: Mapping[str, nn.Linear], gram: Tensor | None, spec: AnyWeight, pairs: Pairs | None = None
     ) -> dict[str, dict[str, Tensor]]:
         """The rounding method's codes for Linears of one input and format, together where no range spans them."""
         if self.rounding is None or gram is None or not linears:
@@ -339,10 +341,10 @@ class BlockCalibration:
         method = self.rounding
         weights = [linear.weight.detach() for linear in linears.values()]
         if spec.granularity == "tensor":
-            solved = [method.quantize(w, gram, spec, self.recipe, cross) for w in weights]
+            solved = [method.quantize(w, gram, spec, self.recipe, pairs) for w in weights]
         else:
             sizes = [len(w) for w in weights]
-            together = method.quantize(torch.cat(weights), gram, spec, self.recipe, cross)
+            together = method.quantize(torch.cat(weights), gram, spec, self.recipe, pairs)
             solved = list(zip(*(part.split(sizes) for part in together), strict=True))
         return {
             path: {"codes": codes.contiguous(), "scale": scale, "zero_point": zero}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
+from calib.solvers import Pairs
 
 Loss = Callable[[Tensor], float]
 
@@ -55,13 +56,13 @@ class SiteMethod(Protocol):
 
 
 class WeightMethod(Protocol):
-    """Rounds weight [m, n]; gram [n, n] is X^T X of its input, cross X_float^T X where it is ``paired``. Codes, scale,
-    zero point.
+    """Rounds weight [m, n]; gram [n, n] is X^T X of its input, pairs how that differs from the float model's where the
+    method is ``paired``. Codes, scale, zero point.
     """
 
     name: str
     paired: bool
 
     def quantize(
-        self, weight: Tensor, gram: Tensor, spec: AnyWeight, recipe: Recipe, cross: Tensor | None = None
+        self, weight: Tensor, gram: Tensor, spec: AnyWeight, recipe: Recipe, pairs: Pairs | None = None
     ) -> tuple[Tensor, Tensor, Tensor]: ...

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
-from calib.solvers import gptq
+from calib.solvers import Pairs, gptq
 
 
 class GPTQ:
@@ -20,6 +20,6 @@ class GPTQ:
         self.name, self.paired = name, name == "gptaq"
 
     def quantize(
-        self, weight: Tensor, gram: Tensor, spec: AnyWeight, recipe: Recipe, cross: Tensor | None = None
+        self, weight: Tensor, gram: Tensor, spec: AnyWeight, recipe: Recipe, pairs: Pairs | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return gptq(weight, gram, spec, damp=recipe.damp, cross=cross)
+        return gptq(weight, gram, spec, damp=recipe.damp, pairs=pairs)

@@ -13,7 +13,7 @@ from calib.solvers.basis import (
     uniform_ranks,
 )
 from calib.solvers.compensate import COMPENSATIONS, error_bases, loftq
-from calib.solvers.gptq import gptq
+from calib.solvers.gptq import Pairs, gptq
 from calib.solvers.grid import bias_correction, rounded, weight_params
 from calib.solvers.objective import LinearObjective, quantize_input, quantize_weight
 from calib.solvers.os_plus import Search, midpoint, rank_coarse, scale_for, search_exhaustive, search_fast
@@ -25,6 +25,7 @@ __all__ = [
     "Bases",
     "InputStatistics",
     "LinearObjective",
+    "Pairs",
     "Search",
     "allocate",
     "awq_scale",

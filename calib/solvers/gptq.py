@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,15 @@ from calib.quantizers import AnyWeight
 from calib.solvers.grid import weight_params
 
 BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """T rows X of the float model and X' of the quantized one: cross X^T X' [n, n], count T, drift |X - X'|^2."""
+
+    cross: Tensor
+    count: int
+    drift: float
 
 
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:
@@ -33,18 +44,18 @@ def gptq(
     spec: AnyWeight,
     damp: float = 0.01,
     act_order: bool = True,
-    cross: Tensor | None = None,
+    pairs: Pairs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [m, n], scale, zero point (shaped as ``weight_range``'s) of weight [m, n]; gram [n, n]: inputs' X^T X.
 
     Scales come from the weight before rounding (groups too, so that columns may be taken in any order); act_order takes
-    columns by falling energy. Columns without energy are rounded to nearest. cross [n, n]: X^T X', of the inputs X that
-    the float model gives and X', whose Gram matrix ``gram`` then is, that the quantized one will: what is rounded is
-    then the weight that on X' comes nearest to the float output (asymmetric calibration; GPTAQ, arXiv 2504.02692).
+    columns by falling energy. Columns without energy are rounded to nearest. pairs: of the inputs X that the float
+    model gives and X', whose Gram matrix ``gram`` then is, that the quantized one will: what is rounded is then the
+    weight that on X' comes nearest to the float output (asymmetric calibration; GPTAQ, arXiv 2504.02692).
     """
     n = weight.shape[1]
-    if cross is not None:
-        weight = towards(weight, gram, cross, damp)
+    if pairs is not None:
+        weight = towards(weight, gram, pairs, damp)
     energy = gram.diagonal().clone()
     scale, zero_point = weight_params(weight, spec, energy / energy.mean().clamp(min=1e-12))
     column = spec.with_(granularity="channel", group_size=None)  # the same levels, for one column of scales
@@ -72,19 +83,24 @@ def gptq(
     return result, scale, zero_point
 
 
-def towards(weight: Tensor, gram: Tensor, cross: Tensor, damp: float) -> Tensor:
-    """W' [m, n] with the least |W X^T - W' X'^T|^2 + damp mean(diag H) |W' - W|^2: W + W (C - H) (H + damp mean I)^-1.
+def towards(weight: Tensor, gram: Tensor, pairs: Pairs, damp: float) -> Tensor:
+    """The weight [m, n] that on X' comes nearest to ``weight`` on X: W + a W (C - H) (H + damp mean(diag H) I)^-1.
 
-    gram H = X'^T X', cross C = X^T X'.
+    gram H = X'^T X'. a in [0, 1] takes back what chance explains: a regression of the drift X - X' on n channels of T
+    rows of noise would find n / (T - n) of the energy that it leaves unexplained.
     """
-    hessian = gram.double()
+    hessian, n = gram.double(), len(gram)
     mean = hessian.diagonal().mean().clamp(min=1e-12)
-    damped = hessian + damp * mean * torch.eye(len(hessian), dtype=torch.float64, device=gram.device)
+    damped = hessian + damp * mean * torch.eye(n, dtype=torch.float64, device=gram.device)
     lower, failed = torch.linalg.cholesky_ex(damped)
-    if bool(failed) or not bool(torch.isfinite(cross).all()):
+    if bool(failed) or not bool(torch.isfinite(pairs.cross).all()):
         raise NumericsError("the Gram matrix of a site cannot be factored", "use more calibration rows, or method gptq")
-    drift = weight.double() @ (cross.double() - hessian)
-    return (weight.double() + torch.cholesky_solve(drift.T, lower).T).to(weight.dtype)
+    drift = pairs.cross.double() - hessian
+    solved = torch.cholesky_solve(drift.T, lower).T  # (C - H) (H + ...)^-1
+    explained = float((solved * drift).sum())
+    chance = n * max(pairs.drift - explained, 0.0) / max(pairs.count - n, 1)
+    share = max(0.0, 1 - chance / explained) if explained > 0 else 0.0
+    return (weight.double() + share * (weight.double() @ solved)).to(weight.dtype)
 
 
 def _per_column(params: Tensor, spec: AnyWeight, n: int) -> Tensor:
