@@ -118,7 +118,7 @@ class BlockCalibration:
         probes = []
         joint = state.site.context is not None and self.recipe.objective == "context"
         if joint and method.name in ("os+", "awq") and self.recipe.scheme.inputs is not None:
-            for count in (1, self.given.probes):
+            for count in (max(1, min(2, self.given.probes // 2)), self.given.probes):
                 probes.append(ContextObjective(self.block, state.site, self.runs[:count], self.given.masks[:count]))
         found = method.solve(state.view(probes), self.recipe)
         state.detail.update(method=method.name, **found.detail)

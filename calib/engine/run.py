@@ -29,7 +29,7 @@ from calib.observers import ranks
 from calib.recipe import Recipe
 
 SURVEY = "survey"  # what a journal calls it
-PROBE_TOKENS, SEARCH_TOKENS = 512, 2048  # that a search ranks on, and scores its short list on, at least
+PROBE_TOKENS, SEARCH_TOKENS = 512, 2048  # of a probe, two of which a search ranks on; and that it scores on, at least
 
 
 @dataclass
@@ -75,7 +75,7 @@ def share_of(batches: Sequence[Batch], rank: int, world: int) -> Share:
 
 
 def split_probes(batch: Batch) -> list[Batch]:
-    """The same rows, the first ones in three small batches: a search ranks on the first and scores on all three."""
+    """The same rows, the first ones in three small batches: a search ranks on the first two and scores on all three."""
     size, length = next(iter(batch.values())).shape[:2]
     take = max(1, -(-PROBE_TOKENS // max(length, 1)))
     cuts = [0, take, 2 * take, min(4 * take, size), size]

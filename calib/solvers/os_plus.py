@@ -92,7 +92,7 @@ def ranked_search(
     rank: Loss,
     exact: Loss,
     known: Mapping[float, float] | None = None,
-    keep: int = 8,
+    keep: int = 16,
     slack: float = 0.05,
     jag: float = 0.3,
 ) -> Search:
