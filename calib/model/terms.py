@@ -22,7 +22,7 @@ SAMPLE_ROWS = 2048  # rows a site keeps for its search
 SEARCH_COPIES = 3  # float copies of a site's stacked weights while it is searched: it, scaled, fake-quantized
 GPTQ_COPIES = 9  # fp32 n x n matrices alive at GPTQ's peak: four in fp64, one in fp32
 # Search: evaluations of a site's objective on few rows and on all, and passes over the weights in each.
-RANKED, RANK_ROWS, RESCORED, WEIGHT_PASSES = 80, 256, 8, 4
+RANKED, RANK_ROWS, RESCORED, WEIGHT_PASSES = 80, 256, 12, 4
 SEARCH_CALLS = 100_000  # ops started for one site's search
 LOGIT_COPIES = 3  # fp32 logits alive when a prefix is chosen or an answer compared: they, in fp32, their exponentials
 HEAD = "embeddings or head, logits"
