@@ -269,7 +269,8 @@ def time_terms(
             if os_plus:
                 flops = 2 * n * stacked * (RANKED * RANK_ROWS + RESCORED * SAMPLE_ROWS)
                 passes = (RANKED + RESCORED) * WEIGHT_PASSES * weight * 2
-                seconds["search"] += flops / (m.gemm * GIGA) + passes / (m.copy * GIGA) + SEARCH_CALLS * m.call
+                rate = m.gemm if scheme.inputs is None else m.packed  # integer products where both sides are integers
+                seconds["search"] += flops / (rate * GIGA) + passes / (m.copy * GIGA) + SEARCH_CALLS * m.call
             seconds["prove"] += PROBE_ROWS / tokens * float_batch  # each fold: the block once more
             # ranges and codes; GPTQ: two Cholesky factors and an inverse (n^3, in fp64), then every
             # column's error spread over the columns after it (n^2 a row)
