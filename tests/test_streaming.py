@@ -29,6 +29,12 @@ WHOLE = {"gpt_neox", "mixtral"}  # transformers renames or merges what their fil
 SETTINGS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "compressed-tensors": ("llama", "w8a8", "os+", {}),
     "rotated and rounded": ("llama", "w8a8-static", "hadamard,os+,gptq", {}),
+    "paired, learned, behind a prefix": (
+        "llama",
+        "w4a8-static",
+        "rotate,os+,gptaq",
+        {"refine": 4, "prefix": (7,)},
+    ),
     "float inputs": ("qwen3", "w8a8-static", "os+", {"inputs": "float"}),
     "prefix": ("llama", "w8a8-static", "os+", {"prefix": (1,)}),
     "two stacks": ("bart", "w6a6-static", "os+", {}),
