@@ -87,6 +87,7 @@ def test_refining_is_repeatable_and_never_worse_on_held_out_windows(family: str,
     )
     a, b = first.model.state_dict(), second.model.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    refined = [site["refined"] for site in first.report["sites"].values()]
-    kept = {note.split(":")[0] for note in first.report["notes"] if "held-out error" in note}
-    assert (refined and all(after < before for before, after in refined)) or kept
+    undone = {note.split(":")[0] for note in first.report["notes"] if "held-out error" in note}
+    for name, site in first.report["sites"].items():
+        before, after = site["refined"]
+        assert after < before or any(name.startswith(f"{block}.") for block in undone), name
