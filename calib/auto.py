@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -90,6 +91,8 @@ def choose(
     that would not end within ``seconds``; the first candidate is taken where none was tried.
     """
     held, taken = split(batches)
+    if not held:  # a single window cannot both calibrate and judge
+        return found[0], []
     judge = Judge(float_model, held)
     trials: list[Trial] = []
     start = time.perf_counter()
@@ -101,6 +104,8 @@ def choose(
         try:
             loss: float | None = judge(attempt(candidate, taken))
             why = ""
+            if not math.isfinite(loss or 0.0):
+                loss, why = None, "its held-out loss is not finite"
         except CalibError as error:  # say, a block that divides no width of this model
             loss, why = None, error.cause
         longest = max(longest, time.perf_counter() - begun)
@@ -117,8 +122,6 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
         for batch in batches
         for i in range(len(next(iter(batch.values()))))
     ]
-    if len(rows) < 2:
-        return rows, rows
     held = rows[1::3][:HELD_ROWS]
     return held, together([row for i, row in enumerate(rows) if i % 3 != 1][:TRIAL_ROWS])
 
@@ -244,6 +247,8 @@ def tried(
         return model
 
     best, trials = choose(found, tokens.batches, network, attempt, seconds=limit, progress=progress)
+    if not trials:
+        return Tried(best, [], f"auto: {best}, the first candidate, untried (one window of data)", Memory(None, {}))
     records = [trial.as_dict() for trial in trials]
     memory.write(best, records)
     shown = ", ".join(f"{t.candidate.method} {'failed' if t.loss is None else format(t.loss, '.5g')}" for t in trials)

@@ -93,3 +93,17 @@ def test_a_stopped_run_goes_on_with_what_it_chose(tmp_path: Path, monkeypatch: p
     assert any("as chosen before" in note for note in result.plan.notes)
     assert any(note.startswith("resumed: 1") for note in result.plan.notes)
     assert not list(tmp_path.glob(".out.auto.json")), "nothing is left beside a finished output"
+
+
+def test_a_loss_that_is_not_finite_never_wins_and_one_window_judges_nothing() -> None:
+    def attempt(candidate: auto.Candidate, given: list[Any]) -> torch.nn.Module:
+        model = build("llama")
+        if candidate.method == "a":
+            model.lm_head.weight.fill_(torch.nan)  # type: ignore[union-attr,operator]
+        return model
+
+    both = [auto.Candidate("a", {}), auto.Candidate("b", {})]
+    best, trials = auto.choose(both, batches("llama", 4), build("llama"), attempt, progress=False)
+    assert best.method == "b" and trials[0].loss is None and "not finite" in trials[0].why
+    best, trials = auto.choose(both, batches("llama", 1, rows=1), build("llama"), attempt, progress=False)
+    assert best.method == "a" and trials == []
