@@ -19,7 +19,7 @@ from calib.nn import block_hadamard
 from calib.quantizers import AffineSpec
 from calib.solvers import LinearObjective, rank_coarse, scale_for, search_exhaustive, search_fast
 from calib.solvers import objective as module
-from calib.solvers.os_plus import exhaustive_grid, fast_grid
+from calib.solvers.os_plus import exhaustive_grid, fast_grid, ranked_search
 from tests.families import batches, build
 
 STATIC = AffineSpec(8, symmetric=False, granularity="tensor")
@@ -220,3 +220,22 @@ def test_the_engines_fast_search_is_near_its_exhaustive_one(family: str) -> None
         ratios.append(fast["loss"] / found["exhaustive"][name]["loss"])
     assert math.prod(ratios) ** (1 / len(ratios)) <= 1.05
     assert max(ratios) <= 1.3, "losses of so few tokens and channels are jagged"
+
+
+def test_a_plateau_does_not_fill_the_short_list() -> None:
+    """Thresholds below every channel scale all alike: thirty equal ranks, and the best is ranked behind them."""
+    values = [32.0 - i for i in range(32)]
+    exact = dict.fromkeys(values, 1.0) | {30.0: 0.9}
+    ranks = {value: 1.0 + 1e-4 * value for value in values} | {30.0: 1.04, float("inf"): 2.0}
+
+    def scale_of(value: float) -> Tensor:
+        return torch.tensor([value])
+
+    def rank(scale: Tensor) -> float:
+        return ranks[float("inf") if float(scale) == 1.0 else float(scale)]
+
+    def score(scale: Tensor) -> float:
+        return 2.0 if float(scale) == 1.0 else exact[float(scale)]
+
+    found = ranked_search(values[:-1], scale_of, rank, score, keep=4, slack=0.1)
+    assert (found.threshold, found.loss, found.identity_loss) == (30.0, 0.9, 2.0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,10 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from calib.errors import InputError
 from calib.model import Batch, Call, Plan, call_model, observing
+from calib.model.terms import LOGIT_BYTES
 from calib.nn import Prefix, StatelessCache
 from calib.recipe import Recipe
 
-LOGIT_BYTES = 128 << 20
 MASSIVE = 16.0  # a first token this many times larger than the largest of the others is an outlier of position
 
 
@@ -100,7 +101,7 @@ def first_token_ratio(model: nn.Module, plan: Plan, batch: Batch) -> tuple[float
             worst, where = ratio, name
 
     modules = {name: model.get_submodule(name) for name in plan.quantized()}
-    with observing(modules, take), torch.no_grad():
+    with observing(modules, take), torch.no_grad(), _last_logits_only(model.get_output_embeddings()):  # type: ignore[operator]
         call_model(model, batch)
     return worst, where
 
@@ -118,18 +119,36 @@ def _candidates(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> 
 
 
 def _losses_after(model: nn.Module, tokens: Sequence[int], batch: Batch) -> list[float]:
-    """Next-token loss of the float model on the batch after each prefix token; as many in a forward (a read of the
-    weights) as their logits allow."""
+    """Next-token loss of the float model on the batch after each prefix token: all in one forward, one read of the
+    weights. A cap or a scale that a model puts on its logits is left out: it ranks prefixes no differently."""
     ids = batch["input_ids"]
-    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
-    at_once = max(1, LOGIT_BYTES // (4 * ids.numel() * vocabulary))
-    losses = []
-    for start in range(0, len(tokens), at_once):
-        some = tokens[start : start + at_once]
-        with_prefix = torch.cat([torch.cat([torch.full_like(ids[:, :1], token), ids], dim=1) for token in some])
-        with torch.no_grad():
-            rows = call_model(model, {"input_ids": with_prefix}).logits[:, 1:-1]
-        for first in range(0, len(rows), len(ids)):
-            parts = zip(rows[first : first + len(ids)], ids[:, 1:], strict=True)  # a row at a time: no second copy
-            losses.append(sum(float(nn.functional.cross_entropy(row.float(), to)) for row, to in parts) / len(ids))
-    return losses
+    with_prefix = torch.cat([torch.cat([torch.full_like(ids[:, :1], token), ids], dim=1) for token in tokens])
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    with torch.no_grad(), _last_logits_only(head) as hidden:
+        call_model(model, {"input_ids": with_prefix})
+        before = hidden[0][:, 1:-1].flatten(0, 1)
+        wanted = ids[:, 1:].repeat(len(tokens), 1).flatten()
+        at_once = max(1, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size))  # type: ignore[union-attr,operator]
+        parts = zip(before.split(at_once), wanted.split(at_once), strict=True)
+        losses = [nn.functional.cross_entropy(head(x).float(), to, reduction="none") for x, to in parts]
+    return [float(loss.mean()) for loss in torch.cat(losses).chunk(len(tokens))]
+
+
+@contextlib.contextmanager
+def _last_logits_only(head: nn.Module | None) -> Iterator[list[Tensor]]:
+    """The head computes each sequence's last logits only, where it gets hidden states [batch, tokens, width]; they come
+    in the list. A vocabulary's logits of every token are larger than a small model."""
+    taken: list[Tensor] = []
+
+    def cut(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].dim() != 3 or args[0].shape[1] == 1:
+            return None
+        taken.append(args[0])
+        return (args[0][:, -1:], *args[1:])
+
+    hook = None if head is None else head.register_forward_pre_hook(cut)
+    try:
+        yield taken
+    finally:
+        if hook is not None:
+            hook.remove()

@@ -131,7 +131,6 @@ class Engine:
             bar.set_description("calibrating")
             for stack in self.plan.stacks:
                 extra = {"past_key_values": self.prefix.cache} if self.prefix else None
-                release_pages()
                 with self._timed("capture"), self.store.keeping():
                     inputs = capture(self.model, stack, self._share.batches, extra, self._hidden())
                     prefix = self._prefix_inputs(stack)
@@ -319,6 +318,7 @@ class Engine:
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
+        release_pages()  # what one stage left in pieces would lie under the next one's peak
         yield
         self.outcome.seconds[stage] = self.outcome.seconds.get(stage, 0.0) + time.perf_counter() - start
 

@@ -128,6 +128,7 @@ class SiteState:
             objective=objective,
             can_rotate=takes_rotation(self.site, self.recipe) and self.whole,
             largest_block=self.site.head if self.folds_rotation else 128,
+            noise=0.15 if probes else 0.05,  # whole windows are few
         )
 
     @property

@@ -22,6 +22,7 @@ class SiteView:
     lo, hi [n]: extremes over all calibration rows. weight_absmax [n]: over all consumers. mean_abs [n]: of a sample.
     objective(shift, hadamard) gives two losses of a scale, on few rows and on many. can_shift, can_scale, can_rotate:
     whether something takes a (z, s), or a rotation, here. largest_block: of a rotation; beyond it none is as cheap.
+    noise: how much further off the loss on few rows may be than it is seen to be.
     """
 
     name: str
@@ -35,6 +36,7 @@ class SiteView:
     objective: Callable[[Tensor | None, int], tuple[Loss, Loss]]
     can_rotate: bool = False
     largest_block: int = 128
+    noise: float = 0.05
 
 
 @dataclass(eq=False)

@@ -61,7 +61,8 @@ class OSPlus:
             coarse = [rank_coarse(v.absmax, v.few) for v in variants]
             losses = [min(loss for _, loss in points) for points in coarse]
             best = min(range(len(variants)), key=lambda i: losses[i])
-            search = search_fast(variants[best].absmax, variants[best].few, variants[best].many, coarse[best])
+            found = variants[best]
+            search = search_fast(found.absmax, found.few, found.many, coarse[best], slack=site.noise)
         detail: dict[str, Any] = {
             "threshold": search.threshold,
             "loss": search.loss,

@@ -24,7 +24,10 @@ GPTQ_COPIES = 9  # fp32 n x n matrices alive at GPTQ's peak: four in fp64, one i
 # Search: evaluations of a site's objective on few rows and on all, and passes over the weights in each.
 RANKED, RANK_ROWS, RESCORED, WEIGHT_PASSES = 80, 256, 12, 4
 SEARCH_CALLS = 100_000  # ops started for one site's search
-LOGIT_COPIES = 3  # fp32 logits alive when a prefix is chosen or an answer compared: they, in fp32, their exponentials
+LOGIT_COPIES = 3  # fp32 logits alive when an answer is compared: it, the fresh process's, their difference
+# Logits a choice of a prefix holds at a time, beside their exponentials: so many that glibc maps them apart from the
+# rest and gives them back.
+LOGIT_BYTES = 64 << 20
 HEAD = "embeddings or head, logits"
 PROBE_ROWS = 512  # rows of the small batch that folds are proven on
 PLAN_ROWS, PREFIX_ROWS, PREFIX_TRIES = 128, 512, 6  # rows of the planning forward; of the search for a prefix
@@ -103,18 +106,18 @@ def stored(bones: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Stored:
 
 
 def _gained_biases(bones: Skeleton, recipe: Recipe) -> set[str]:
-    """Linears without a bias that get one: a shift folded into what feeds them is made good there (consumers), or
-    is taken from their own output (producers)."""
+    """Linears without a bias that get one: a shift of their input is made good there (consumers), or is taken from
+    their own output (producers that fold it)."""
     gained = set()
     for name, block in bones.plan.blocks.items():
         for site in block.sites:
             for path in site.consumers:
                 entry = bones.plan.entries[f"{name}.{path}"]
-                folded = entry.fold.partition("fused: ")[0]
-                if entry.status != "transformed" or site.producer is None or "shift" not in folded:
+                if entry.status != "transformed" or "shift" not in entry.fold:
                     continue
                 gained.add(f"{name}.{path}")
-                if site.producer.gain is None:
+                folded = entry.fold.partition("fused: ")[0]
+                if site.producer is not None and site.producer.gain is None and "shift" in folded:
                     gained.add(f"{name}.{site.producer.path}")
     found = {name: bones.model.get_submodule(name) for name in gained}
     return {name for name, module in found.items() if isinstance(module, nn.Linear) and module.bias is None}
@@ -185,8 +188,10 @@ def memory_terms(
         )
     block_phase = max(phases, key=lambda terms: sum(terms.values()), default={})
     # embeddings, final norm and head run while no block is loaded
-    rows_out = PREFIX_ROWS if recipe.scheme.static and recipe.prefix == "auto" else VERIFY_ROWS
-    head = _outside(bones, dtype) + 4 * rows_out * _classes(bones) * LOGIT_COPIES
+    logits = 4 * VERIFY_ROWS * _classes(bones) * LOGIT_COPIES
+    if recipe.scheme.static and recipe.prefix == "auto":
+        logits = max(logits, 2 * min(LOGIT_BYTES, 4 * PREFIX_TRIES * PREFIX_ROWS * _classes(bones)))
+    head = _outside(bones, dtype) + logits
     if head > sum(block_phase.values()) and not blocks_only:
         block_phase = {HEAD: head, "activations or search": int(2 * bones.hidden * fraction)}
     return {"interpreter and libraries": machine.baseline, "allocator": OVERHEAD, **block_phase}

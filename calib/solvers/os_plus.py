@@ -80,10 +80,11 @@ def search_fast(
     exact: Loss,
     coarse: Sequence[tuple[float, float]] = (),
     grid: Sequence[float] | None = None,
+    slack: float = 0.05,
 ) -> Search:
     """``ranked_search`` of a grid's thresholds (default: ``fast_grid``); coarse: losses that ``rank_coarse`` found."""
     thresholds = [t for t in (fast_grid(absmax) if grid is None else grid) if t < float(absmax.amax())]
-    return ranked_search(thresholds, lambda t: scale_for(absmax, t), rank, exact, dict(coarse))
+    return ranked_search(thresholds, lambda t: scale_for(absmax, t), rank, exact, dict(coarse), slack=slack)
 
 
 def ranked_search(
@@ -94,7 +95,7 @@ def ranked_search(
     known: Mapping[float, float] | None = None,
     keep: int = 16,
     slack: float = 0.05,
-    jag: float = 0.3,
+    jag: float = 1.0,
 ) -> Search:
     """Rank the candidates, score the best ranked exactly.
 
@@ -119,13 +120,27 @@ def ranked_search(
         if ask(before) <= good or (after is not None and ask(after) <= good):
             ask(value)
     identity = exact(ones)
-    best, luck = (float("inf"), identity), float("inf")
-    for number, value in enumerate(sorted((v for v in values if v in ranks), key=ranks.__getitem__)[:keep]):
-        if number >= 3 and ranks[value] * luck * (1 - slack) > best[1]:
+    best, luck, scored = (float("inf"), identity), float("inf"), 0
+    leaders = best_of_runs([value for value in values if value in ranks], ranks)
+    for value in sorted((v for v in values if v in ranks), key=lambda v: (v not in leaders, ranks[v])):
+        if scored == keep:
             break
-        score = exact(scale_of(value))
+        if scored >= 3 and ranks[value] * luck * (1 - slack) > best[1]:
+            continue
+        score, scored = exact(scale_of(value)), scored + 1
         luck = min(luck, score / max(ranks[value], 1e-30))
         if score < best[1]:
             best = (value, score)
     scale = ones if best[0] == float("inf") else scale_of(best[0])
     return Search(best[0], scale, best[1], identity, tuple(sorted(ranks.items(), reverse=True)))
+
+
+def best_of_runs(values: Sequence[float], ranks: Mapping[float, float], equal: float = 0.01) -> set[float]:
+    """The best ranked of each run of neighbours that differ by less than ``equal`` of their rank, one to the next."""
+    leaders: list[float] = []
+    for before, value in zip([None, *values], values, strict=False):
+        if before is None or abs(ranks[value] - ranks[before]) > equal * ranks[before]:
+            leaders.append(value)
+        elif ranks[value] < ranks[leaders[-1]]:
+            leaders[-1] = value
+    return set(leaders)

@@ -150,7 +150,7 @@ def main() -> None:
     data = options.data if Path(options.data).exists() else None
     with tempfile.TemporaryDirectory(dir=options.folder) as text:
         folder = Path(text)
-        small = {"samples": 32, "seq_len": 512, "batch_size": 8, "data": data, "out": str(folder / "small")}
+        small = {"samples": 32, "seq_len": 512, "batch_size": 4, "data": data, "out": str(folder / "small")}
         rows.append(measure("smollm2-135m", small, baseline))
         make_llama(folder / "large", options.large_gb)
         run = {"samples": 8, "seq_len": 128, "batch_size": 4}
