@@ -196,8 +196,14 @@ def test_the_context_objective_is_the_same_in_integers(
         if not exact:
             monkeypatch.setattr(module, "int_mm_refusal", lambda limit: "refused")
         context = ContextObjective(block, part, runs, [mask, mask[:, :30]])
-        loss = context.prepare(shift, lo - z, hi - z, inputs, [AffineSpec(8)] * len(part.consumers))
+        arguments = (shift, lo - z, hi - z, inputs, [AffineSpec(8)] * len(part.consumers))
+        few, loss = context.prepare(*arguments)
         absmax = torch.maximum(z - lo, hi - z)
+        whole = ContextObjective(block, part, runs, [mask, mask[:, :30]], few=2).prepare(*arguments)[0]
+        first = ContextObjective(block, part, runs[:1], [mask]).prepare(*arguments)[1]
+        for scale in (torch.ones_like(absmax), scale_for(absmax, 5.0)):
+            assert loss(scale) == pytest.approx(whole(scale), rel=1e-12), "the few calls are part of the many"
+            assert few(scale) == first(scale)
         losses.append([loss(scale_for(absmax, t)) for t in (float("inf"), 5.0, 1.0, 5.0)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][1] == losses[0][3], "buffers carry nothing from one candidate to the next"

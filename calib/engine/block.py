@@ -115,12 +115,14 @@ class BlockCalibration:
 
     def solve(self, state: SiteState, method: SiteMethod) -> ShiftScale:
         """The method's (z, s) and rotation of one site."""
-        probes = []
+        context = None
         joint = state.site.context is not None and self.recipe.objective == "context"
         if joint and method.name in ("os+", "awq") and self.recipe.scheme.inputs is not None:
-            for count in (max(1, min(2, self.given.probes // 2)), self.given.probes):
-                probes.append(ContextObjective(self.block, state.site, self.runs[:count], self.given.masks[:count]))
-        found = method.solve(state.view(probes), self.recipe)
+            count = self.given.probes
+            context = ContextObjective(
+                self.block, state.site, self.runs[:count], self.given.masks[:count], few=2 if count > 2 else 1
+            )
+        found = method.solve(state.view(context), self.recipe)
         state.detail.update(method=method.name, **found.detail)
         return found
 

@@ -29,11 +29,17 @@ class ContextObjective:
     """Runs the module around a site on recorded calls, up to the input of the next Linear.
 
     loss(s) = mean over unmasked tokens of the summed squared difference between that input computed from float and from
-    quantized consumers (OS+ eq. 9 with the attention or gating as f; arXiv 2304.09145).
+    quantized consumers (OS+ eq. 9 with the attention or gating as f; arXiv 2304.09145). few: the first calls, on which
+    alone candidates are ranked.
     """
 
     def __init__(
-        self, block: nn.Module, site: Site, runs: Sequence[Callable[[], Any]], masks: Sequence[Tensor | None]
+        self,
+        block: nn.Module,
+        site: Site,
+        runs: Sequence[Callable[[], Any]],
+        masks: Sequence[Tensor | None],
+        few: int = 1,
     ) -> None:
         assert site.context is not None
         self.module = block.get_submodule(site.context)
@@ -41,7 +47,7 @@ class ContextObjective:
         self.stops = [block.get_submodule(path) for path in site.stops]
         self.masks = masks
         self.calls = [self._record(run) for run in runs]
-        self.buffers = _Buffers()
+        self.few, self.buffers = few, _Buffers()
 
     def _record(self, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -57,15 +63,15 @@ class ContextObjective:
             handle.remove()
         raise RuntimeError("the context module did not run")
 
-    def _outputs(self) -> Iterator[Tensor]:
-        """Of each call; an output is valid until the next one is asked for."""
+    def _outputs(self, part: slice) -> Iterator[Tensor]:
+        """Of each call of a part; an output is valid until the next one is asked for."""
 
         def stop(module: nn.Module, args: Any) -> None:
             raise _Reached(args[0])
 
         handles = [module.register_forward_pre_hook(stop) for module in self.stops]
         try:
-            for args, kwargs in self.calls:
+            for args, kwargs in self.calls[part]:
                 try:
                     result = self.module(*args, **kwargs)
                     out = result if isinstance(result, Tensor) else result[0]
@@ -76,10 +82,6 @@ class ContextObjective:
             for handle in handles:
                 handle.remove()
 
-    def share(self, other: ContextObjective) -> None:
-        """Use another's buffers: losses of both are then not to be asked at once."""
-        self.buffers = other.buffers
-
     def prepare(
         self,
         shift: Tensor | None,
@@ -89,38 +91,56 @@ class ContextObjective:
         weights: Sequence[AnyWeight],
         rotate: Rotate | None = None,
         rows: Tensor | None = None,
-    ) -> Loss:
-        """loss(s) for inputs shifted by z; lo, hi [n]: their channel extremes; weights: the format of each
-        consumer. rotate: applied to x / s and W s before
-        they are quantized; a static range is then that of the shifted ``rows`` [T, n], rotated.
+    ) -> tuple[Loss, Loss]:
+        """loss(s) of the few calls and of all, for inputs shifted by z; lo, hi [n]: their channel extremes; weights:
+        the format of each consumer. rotate: applied to x / s and W s before they are quantized; a static range is then
+        that of the shifted ``rows`` [T, n], rotated.
         """
-        target: list[Tensor] = []  # computed when first asked for: most variants are ranked on few tokens only
+        targets: dict[str, list[Tensor]] = {}  # made when first asked for: most variants are ranked on few calls only
+        known: dict[bytes, tuple[float, int]] = {}  # what the few calls gave, by scale: it is part of what all give
         shared = _SharedInput(shift, lo, hi, inputs, self.buffers, rotate, rows)
         consumers = [
             _Consumer(linear, shift, inputs, spec, self.buffers, rotate)
             for linear, spec in zip(self.consumers, weights, strict=True)
         ]
 
-        def loss(scale: Tensor) -> float:
+        def measured(scale: Tensor, part: slice) -> tuple[float, int]:
+            """Summed error and its tokens."""
             with torch.no_grad(), contextlib.ExitStack() as undo:
+                target = targets.setdefault(str(part), [])
                 if not target:
-                    target.extend(out.clone() for out in self._outputs())
+                    target.extend(out.clone() for out in self._outputs(part))
                 shared.rescale(scale)
                 for consumer in consumers:
                     consumer.linear.forward = consumer.quantized(scale, shared)  # type: ignore[method-assign, assignment]
                     undo.callback(delattr, consumer.linear, "forward")
-                total = count = 0.0
-                for got, want, mask in zip(self._outputs(), target, self.masks, strict=True):
+                total, count = 0.0, 0
+                for got, want, mask in zip(self._outputs(part), target, self.masks[part], strict=True):
                     error = (got - want).float().square_().sum(-1)
                     keep = error if mask is None or mask.shape != error.shape else error[mask]
                     total, count = total + float(keep.sum()), count + keep.numel()
-                return total / max(count, 1)
+                return total, count
 
-        return loss
+        def of_few(scale: Tensor) -> tuple[float, int]:
+            key = scale.cpu().numpy().tobytes()
+            if key not in known:
+                known[key] = measured(scale, slice(0, self.few))
+            return known[key]
+
+        def few(scale: Tensor) -> float:
+            total, count = of_few(scale)
+            return total / max(count, 1)
+
+        def many(scale: Tensor) -> float:
+            total, count = of_few(scale)
+            more, others = measured(scale, slice(self.few, None))
+            return (total + more) / max(count + others, 1)
+
+        return few, many
 
 
 class _Buffers:
-    """What one candidate writes and the next overwrites; objectives that are asked in turn may share it."""
+    """What one candidate writes and the next overwrites."""
 
     def __init__(self) -> None:
         self.scratch = Scratch()

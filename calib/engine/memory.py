@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import functools
+from collections.abc import Iterator, Sequence
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
+KEEP = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 16 << 20))
+# where glibc's own adaptation ends up: set once, thresholds no longer adapt
+USUAL = ((M_MMAP_MAX, 1 << 16), (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20), (M_TOP_PAD, 128 << 10))
 
 
-@functools.lru_cache(maxsize=1)
-def reuse_pages() -> bool:
-    """Have glibc's malloc hand freed blocks out again instead of returning them to the kernel. False where it cannot.
-
-    Halves the time of the threshold search; applies to the whole process, once.
+@contextlib.contextmanager
+def reusing_pages() -> Iterator[bool]:
+    """Inside, glibc's malloc hands freed blocks out again instead of returning them to the kernel; of the whole
+    process. False where it cannot. Halves the time of the threshold search.
     """
+    kept = _set(KEEP)
+    try:
+        yield kept
+    finally:
+        if kept:
+            _set(USUAL)
+            release_pages()
+
+
+def _set(options: Sequence[tuple[int, int]]) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # not glibc: musl, macOS, Windows
         return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_TOP_PAD, 16 << 20))
+    return all(mallopt(option, value) for option, value in options)
 
 
 def release_pages() -> None:

@@ -19,7 +19,7 @@ from calib.engine.block import BlockCalibration, BlockInput, packed
 from calib.engine.factors import LowRankWork, budget_of
 from calib.engine.hidden import HiddenStates
 from calib.engine.journal import Journal
-from calib.engine.memory import release_pages, reuse_pages
+from calib.engine.memory import release_pages, reusing_pages
 from calib.engine.prefix import PrefixBuilder
 from calib.engine.survey import Survey, survey
 from calib.errors import InputError
@@ -119,7 +119,6 @@ class Engine:
 
     def run(self, batches: Sequence[Batch]) -> Outcome:
         """Process every stack. The model's planned Linears are QuantLinears afterwards."""
-        reuse_pages()
         self._share = share_of(batches, ranks.rank(), ranks.world())
         paired = self.rounding is not None and self.rounding.paired
         if paired and ranks.world() > 1:
@@ -127,7 +126,11 @@ class Engine:
         floats = (self.recipe.refine > 0 or paired) and ranks.rank() == 0
         if self.low_rank is not None and self.low_rank.method.truncates:
             self.low_rank = self._truncation(self.low_rank.method)
-        with torch.no_grad(), tqdm(total=len(self._blocks), unit="block", disable=not self.progress) as bar:
+        with (
+            reusing_pages(),
+            torch.no_grad(),
+            tqdm(total=len(self._blocks), unit="block", disable=not self.progress) as bar,
+        ):
             bar.set_description("calibrating")
             for stack in self.plan.stacks:
                 extra = {"past_key_values": self.prefix.cache} if self.prefix else None

@@ -86,12 +86,10 @@ class SiteState:
                     merged.merge(other)
                 self.moments[i] = merged
 
-    def view(self, probes: Sequence[ContextObjective]) -> SiteView:
-        """What site methods see. probes: the site's context objective on few and on many tokens, where it has one."""
+    def view(self, context: ContextObjective | None) -> SiteView:
+        """What site methods see. context: the site's objective, where it is not the output of its consumers."""
         consumers = self.target.consumers
         fused = "fused" in self.recipe.sites and self.whole
-        for probe in probes[1:]:
-            probe.share(probes[0])
         lo, hi = self.target.tie(self.range.lo, "amin"), self.target.tie(self.range.hi, "amax")
         scheme = self.recipe.scheme
 
@@ -104,11 +102,8 @@ class SiteState:
             low, high = (lo, hi) if shift is None else (lo - shift, hi - shift)
             rotate = functools.partial(block_hadamard, block=hadamard) if hadamard > 1 else None
             rows = self.sample.rows if shift is None else self.sample.rows - shift
-            if probes:
-                few, many = (
-                    probe.prepare(shift, low, high, scheme.inputs, self.weights, rotate, rows) for probe in probes
-                )
-                return few, many
+            if context is not None:
+                return context.prepare(shift, low, high, scheme.inputs, self.weights, rotate, rows)
             parts = [
                 LinearObjective(rows, stacked(spec), low, high, scheme.inputs, spec, rotate)
                 for spec in dict.fromkeys(self.weights)
@@ -128,7 +123,8 @@ class SiteState:
             objective=objective,
             can_rotate=takes_rotation(self.site, self.recipe) and self.whole,
             largest_block=self.site.head if self.folds_rotation else 128,
-            noise=0.15 if probes else 0.05,  # whole windows are few
+            noise=0.05 if context is None else 0.2,  # a window differs more than a row
+            keep=16 if context is None else 40,
         )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,8 @@ def write(
         if isinstance(prefix, Prefix):
             extra |= {f"calib_prefix.{name}": tensor for name, tensor in prefix.state_dict().items()}
         for number, (file, names) in enumerate(zip(shards.outside, shards.groups, strict=True)):
-            with _gathered(model, store, names) as tensors:
-                journal.store(f"{stage.name}/{file}", tensors | (extra if number == len(shards.groups) - 1 else {}))
+            last = number == len(shards.groups) - 1
+            _store_outside(journal, f"{stage.name}/{file}", model, store, names, extra if last else {})
         files = [stage / file for file in [*shards.blocks.values(), *shards.outside]]
         _index(stage, files)
         hashes = {file.name: sha256(file) for file in files}
@@ -95,15 +95,21 @@ def write(
     return out
 
 
-@contextlib.contextmanager
-def _gathered(model: PreTrainedModel, store: Resident, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Tensors outside the blocks, in memory inside."""
+def _store_outside(
+    journal: Journal,
+    file: str,
+    model: PreTrainedModel,
+    store: Resident,
+    names: Sequence[str],
+    extra: Mapping[str, Tensor],
+) -> None:
+    """Write tensors outside the blocks, which are in memory only meanwhile."""
     parents = {name: name.rpartition(".")[0] for name in names}
     with contextlib.ExitStack() as held:
         for parent in dict.fromkeys(parents.values()):
             held.enter_context(store.around(parent))
         found = {name: getattr(model.get_submodule(parents[name]), name.rpartition(".")[2]) for name in names}
-        yield {name: tensor.detach().contiguous() for name, tensor in found.items()}
+        journal.store(file, {name: tensor.detach().contiguous() for name, tensor in found.items()} | dict(extra))
 
 
 def _convert(

@@ -22,7 +22,8 @@ class SiteView:
     lo, hi [n]: extremes over all calibration rows. weight_absmax [n]: over all consumers. mean_abs [n]: of a sample.
     objective(shift, hadamard) gives two losses of a scale, on few rows and on many. can_shift, can_scale, can_rotate:
     whether something takes a (z, s), or a rotation, here. largest_block: of a rotation; beyond it none is as cheap.
-    noise: how much further off the loss on few rows may be than it is seen to be.
+    noise: how much further off the loss on few rows may be than it is seen to be; keep: how many candidates are worth
+    the loss on many.
     """
 
     name: str
@@ -37,6 +38,7 @@ class SiteView:
     can_rotate: bool = False
     largest_block: int = 128
     noise: float = 0.05
+    keep: int = 16
 
 
 @dataclass(eq=False)

@@ -62,7 +62,7 @@ class OSPlus:
             losses = [min(loss for _, loss in points) for points in coarse]
             best = min(range(len(variants)), key=lambda i: losses[i])
             found = variants[best]
-            search = search_fast(found.absmax, found.few, found.many, coarse[best], slack=site.noise)
+            search = search_fast(found.absmax, found.few, found.many, coarse[best], keep=site.keep, slack=site.noise)
         detail: dict[str, Any] = {
             "threshold": search.threshold,
             "loss": search.loss,

@@ -17,12 +17,12 @@ from calib.model.skeleton import Skeleton, Work
 from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
 
-FLOAT_BLOCKS = 2  # float copies of a block in memory at once: the one at work, and the one before or after it
 SAMPLE_ROWS = 2048  # rows a site keeps for its search
 SEARCH_COPIES = 3  # float copies of a site's stacked weights while it is searched: it, scaled, fake-quantized
 GPTQ_COPIES = 9  # fp32 n x n matrices alive at GPTQ's peak: four in fp64, one in fp32
 # Search: evaluations of a site's objective on few rows and on all, and passes over the weights in each.
 RANKED, RANK_ROWS, RESCORED, WEIGHT_PASSES = 80, 256, 12, 4
+CONTEXT_ROWS, CONTEXT_RESCORED = 1024, 25  # where a context is judged: rows of a ranking, and as many more of a score
 SEARCH_CALLS = 100_000  # ops started for one site's search
 LOGIT_COPIES = 3  # fp32 logits alive when an answer is compared: it, the fresh process's, their difference
 # Logits a choice of a prefix holds at a time, beside their exponentials: so many that glibc maps them apart from the
@@ -35,7 +35,7 @@ VERIFY_ROWS = 128  # rows of the answer that is compared
 OBSERVE_PASSES = 3  # times an observed tensor is read
 INPUT_PASSES = 3  # times a Linear's input is passed over when it is quantized
 MSE_PASSES, MINMAX_PASSES = 36 * 5, 6  # passes over a weight that find its ranges and round it
-OVERHEAD = 64 << 20  # allocator's reserve
+OVERHEAD = 32 << 20  # allocator's reserve
 VERIFY_START = 8.0  # seconds until the fresh process of --verify has its libraries
 DOUBLE = 4  # times slower than the run's floats fp64 is
 COLUMN_CALLS = 20  # ops for one column of GPTQ
@@ -158,6 +158,7 @@ def memory_terms(
     item, gptq = ITEM[dtype], "gptq" in recipe.methods
     fraction = 1.0 if rows is None else rows / bones.rows
     traced = next(bones.model.parameters()).element_size()
+    sampled = min(SAMPLE_ROWS, recipe.samples * bones.tokens)
     phases = []
     for name in _unlike(bones):
         block = bones.model.get_submodule(name)
@@ -166,11 +167,11 @@ def memory_terms(
         for site in _observed(bones.plan, name):
             n = site.features
             # lowest, highest, absolute and two fp64 sums a channel, and the sampled rows, fp32
-            statistics += n * (3 * 4 + 2 * 8) + SAMPLE_ROWS * n * 4
+            statistics += n * (3 * 4 + 2 * 8) + sampled * n * 4
             statistics += 4 * n * n * len(site.groups) if gptq else 0  # one Gram matrix a tensor: experts have several
             stacked = sum(block.get_submodule(path).out_features for path in site.consumers)  # type: ignore[misc]
             # copies of the stacked weights, and the sample's float and quantized outputs
-            work.append(4 * n * stacked * SEARCH_COPIES + 2 * 4 * SAMPLE_ROWS * stacked)
+            work.append(4 * n * stacked * SEARCH_COPIES + 2 * 4 * sampled * stacked)
             if gptq:  # the factor's matrices, and weights, scales, zeros, codes of all columns
                 work.append(4 * n * n * GPTQ_COPIES + 4 * 4 * n * stacked)
         peak = int(bones.work[name].peak * fraction * item / traced)
@@ -179,7 +180,7 @@ def memory_terms(
         packed = sum(s * numel(shape) for key, (_, s, shape) in output.items() if key.startswith(name + "."))
         phases.append(
             {
-                "float blocks": FLOAT_BLOCKS * weights,
+                "float block": weights,
                 "quantized block": packed,
                 "statistics": statistics,
                 # a site is searched, and a batch is run, one after the other
@@ -272,8 +273,11 @@ def time_terms(
             if gptq:
                 seconds["observe"] += batches * 2 * tokens * n * n / (m.gemm * GIGA)  # X^T X
             if os_plus:
-                flops = 2 * n * stacked * (RANKED * RANK_ROWS + RESCORED * SAMPLE_ROWS)
-                passes = (RANKED + RESCORED) * WEIGHT_PASSES * weight * 2
+                rows, scored = RANKED * RANK_ROWS + RESCORED * SAMPLE_ROWS, RESCORED
+                if site.context is not None and recipe.objective == "context":
+                    rows, scored = (RANKED + CONTEXT_RESCORED) * CONTEXT_ROWS, CONTEXT_RESCORED
+                flops = 2 * n * stacked * rows
+                passes = (RANKED + scored) * WEIGHT_PASSES * weight * 2
                 rate = m.gemm if scheme.inputs is None else m.packed  # integer products where both sides are integers
                 seconds["search"] += flops / (rate * GIGA) + passes / (m.copy * GIGA) + SEARCH_CALLS * m.call
             seconds["prove"] += PROBE_ROWS / tokens * float_batch  # each fold: the block once more

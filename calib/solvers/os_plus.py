@@ -80,11 +80,12 @@ def search_fast(
     exact: Loss,
     coarse: Sequence[tuple[float, float]] = (),
     grid: Sequence[float] | None = None,
+    keep: int = 16,
     slack: float = 0.05,
 ) -> Search:
     """``ranked_search`` of a grid's thresholds (default: ``fast_grid``); coarse: losses that ``rank_coarse`` found."""
     thresholds = [t for t in (fast_grid(absmax) if grid is None else grid) if t < float(absmax.amax())]
-    return ranked_search(thresholds, lambda t: scale_for(absmax, t), rank, exact, dict(coarse), slack=slack)
+    return ranked_search(thresholds, lambda t: scale_for(absmax, t), rank, exact, dict(coarse), keep, slack)
 
 
 def ranked_search(

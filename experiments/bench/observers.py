@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calib.engine.memory import reuse_pages
+from calib.engine.memory import reusing_pages
 from calib.engine.state import SiteState
 from calib.model import make_plan, observing
 from calib.observers import Moments, Quantile, Range, RowSample
@@ -172,13 +172,13 @@ def site_pass(batch: int, length: int) -> dict[str, Any]:
     }
 
 
+@reusing_pages()
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
-    reuse_pages()
     torch.manual_seed(0)
     settings = {"cold_bytes": COLD, "seconds": SECONDS, "rounds": ROUNDS, "capacity": CAPACITY, "quantile": ENOUGH}
     report: dict[str, Any] = {

@@ -18,6 +18,7 @@ that two grids' bests differ by some percent.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import platform
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 import calib
-from calib.engine.memory import reuse_pages
+from calib.engine.memory import reusing_pages
 from calib.methods import OSPlus, ShiftScale, SiteView
 from calib.quantizers import AffineSpec, qparams
 from calib.recipe import Recipe
@@ -276,7 +277,8 @@ def main() -> None:
     parser.add_argument("--skip-shapes", action="store_true", help="keep those that the JSON file has")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kept = options.keep_pages and reuse_pages()
+    stack = contextlib.ExitStack()
+    kept = options.keep_pages and stack.enter_context(reusing_pages())
     report: dict[str, Any] = {}
     if options.json and options.json.exists():
         report = json.loads(options.json.read_text())
