@@ -20,7 +20,7 @@ from calib.data import Like, TokenData, sequence_limit
 from calib.engine import Engine, Journal, PrefixBuilder, choose_prefix, trained
 from calib.errors import CalibError, InputError
 from calib.evaluate import peak_rss_mib
-from calib.export import checkpoint, compressed, onnx, targets
+from calib.export import checkpoint, onnx, targets
 from calib.export.files import check_out, open_journal, writing
 from calib.export.streamed import Shards
 from calib.export.targets import Format
@@ -254,8 +254,7 @@ def _recipe(
 def _plan(model: nn.Module, recipe: Recipe, tokens: TokenData, format: Format, store: Resident) -> Plan:
     """The plan, with all that is known before calibration checked against the recipe."""
     plan = make_plan(model, recipe, small_batch(tokens.batches, tokens=PLAN_TOKENS), store)
-    if format == compressed.FORMAT and (reasons := compressed.refusals(recipe, torch.float32, plan.rewrites)):
-        raise InputError(f"compressed-tensors cannot express this: {'; '.join(reasons)}", "use --format calib, or auto")
+    targets.refuse_model(format, model, plan.rewrites)
     _check_rotation(plan, recipe)
     return plan
 

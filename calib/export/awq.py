@@ -6,12 +6,13 @@ same order; ``scales`` fp16 [groups, out]. Codes and zeros are unsigned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from calib.export.compressed import rewrite_reasons
 from calib.export.files import Finish
 from calib.export.weight_only import grid_of, integer_reasons, reasons_for, save_layout
 from calib.export.weight_only import refusals as common_refusals
@@ -30,6 +31,12 @@ def refusals(recipe: Recipe) -> list[str]:
 
 def _format_reasons(weights: AnyWeight) -> list[str]:
     return integer_reasons(weights, (4,))
+
+
+def unsuited(model: nn.Module, rewrites: Sequence[Mapping[str, str]]) -> list[str]:
+    """What is known of an architecture before it is quantized."""
+    del model
+    return rewrite_reasons(rewrites)
 
 
 def expressible(model: nn.Module) -> list[str]:

@@ -71,9 +71,9 @@ def expressible(model: nn.Module, store: Resident | None = None) -> list[str]:
     return [f"{reason} ({name})" if name else reason for reason, name in reasons.items()]
 
 
-def refusals(recipe: Recipe, dtype: torch.dtype, rewrites: Sequence[Mapping[str, str]] = ()) -> list[str]:
-    """What `expressible` will object to that is known before calibration: from the recipe, and from the
-    plan's rewrites. Biases that a class lacks, and inputs that are not [batch, tokens, channels], show later.
+def refusals(recipe: Recipe, dtype: torch.dtype) -> list[str]:
+    """What `expressible` will object to that the recipe says. Biases that a class lacks, and inputs that are not
+    [batch, tokens, channels], show later.
     """
     scheme = recipe.scheme
     formats = dict.fromkeys([scheme.weights, *(each.weights for each in scheme.overrides)])
@@ -88,7 +88,13 @@ def refusals(recipe: Recipe, dtype: torch.dtype, rewrites: Sequence[Mapping[str,
         reasons.append(LOW_RANK)
     if dtype not in (torch.float32, torch.float64):
         reasons.append(_rounded_scales(dtype))
-    return [*reasons, *rewrite_reasons(rewrites)]
+    return reasons
+
+
+def unsuited(model: nn.Module, rewrites: Sequence[Mapping[str, str]]) -> list[str]:
+    """What is known of an architecture before it is quantized."""
+    del model
+    return rewrite_reasons(rewrites)
 
 
 def rewrite_reasons(rewrites: Sequence[Mapping[str, str]]) -> list[str]:

@@ -7,7 +7,7 @@ package, config keys from transformers' own reader; what its config cannot say i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,17 @@ def _format_reasons(weights: AnyWeight) -> list[str]:
     return reasons
 
 
+def unsuited(model: nn.Module, rewrites: Sequence[Mapping[str, str]]) -> list[str]:
+    """What is known of an architecture before it is quantized."""
+    del rewrites  # GGUF has linears for all of them
+    kind = str(getattr(getattr(model, "config", None), "model_type", None))
+    return [] if kind in ARCHITECTURES else [f"calib knows no GGUF form of {kind}"]
+
+
 def expressible(model: nn.Module) -> list[str]:
     """Why GGUF cannot hold this model; empty where it can."""
-    kind = str(getattr(getattr(model, "config", None), "model_type", None))
-    if kind not in ARCHITECTURES:
-        return [f"calib knows no GGUF form of {kind}"]
+    if unknown := unsuited(model, ()):
+        return unknown
     reasons = reasons_for(model, _linear_reasons, rewritten=True)
     if reasons:
         return reasons
@@ -67,8 +73,8 @@ def expressible(model: nn.Module) -> list[str]:
         return [error.cause]
     lost = _lost(config)
     if lost:
-        reasons.append(f"its readers do not learn {', '.join(lost)} of a {kind}")
-    name_of = _names(kind, config.num_hidden_layers)
+        reasons.append(f"its readers do not learn {', '.join(lost)} of a {config.model_type}")
+    name_of = _names(config.model_type, config.num_hidden_layers)
     unnamed = [key for key in {**stored(stock), **extra} if not name_of(_plain_name(key))]
     return reasons + [f"it has no name for {key}" for key in unnamed[:1]]
 
@@ -198,6 +204,11 @@ def _add_config(writer: Any, config: Any) -> None:
     if config.model_type == "gemma2":
         values["attn_logit_softcapping"] = config.attn_logit_softcapping
         values["final_logit_softcapping"] = config.final_logit_softcapping
+    special = {"bos": config.bos_token_id, "eos": config.eos_token_id, "padding": config.pad_token_id}
+    for name, token in special.items():
+        token = token[0] if isinstance(token, list) else token
+        if token is not None:
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
     for key, value in values.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add(f"{config.model_type}.{key}", value)

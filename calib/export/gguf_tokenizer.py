@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 # pre-tokenizers by the types of their steps, and the name that llama.cpp has for the same splits
@@ -14,8 +12,6 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 def add_tokenizer(writer: Any, tokenizer: Any, size: int) -> str:
     """Write the vocabulary where GGUF can say how the tokenizer splits text; returns what was written, or why not."""
-    import gguf
-
     described = _described(tokenizer)
     model, steps = described.get("model", {}), _steps(described.get("pre_tokenizer"))
     split = SPLITS.get(steps) if model.get("type") == "BPE" else None
@@ -32,9 +28,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, size: int) -> str:
     writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        gguf.SpecialVocab(Path(folder), load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     return f"gpt2 ({split})"
 
 

@@ -8,13 +8,14 @@ stores the zero itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from calib.export.compressed import rewrite_reasons
 from calib.export.files import Finish
 from calib.export.weight_only import grid_of, integer_reasons, reasons_for, save_layout
 from calib.export.weight_only import refusals as common_refusals
@@ -33,6 +34,12 @@ def refusals(recipe: Recipe) -> list[str]:
 
 def _format_reasons(weights: AnyWeight) -> list[str]:
     return integer_reasons(weights, (4, 8))
+
+
+def unsuited(model: nn.Module, rewrites: Sequence[Mapping[str, str]]) -> list[str]:
+    """What is known of an architecture before it is quantized."""
+    del model
+    return rewrite_reasons(rewrites)
 
 
 def expressible(model: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,18 @@ def _weight_reasons(weights: AnyWeight) -> list[str]:
     return [] if weights.integer else [f"weights on a {getattr(weights, 'kind', 'dual-binary')} grid"]
 
 
+def unsuited(model: nn.Module, rewrites: Sequence[Mapping[str, str]]) -> list[str]:
+    """What is known of an architecture before it is quantized."""
+    del model
+    experts = [rewrite["name"] for rewrite in rewrites if rewrite["kind"] == "parameter"]
+    return [f"{EXPERTS} ({name})" for name in experts[:1]]
+
+
 def expressible(model: nn.Module) -> list[str]:
     """Why an ONNX graph cannot be this model; empty where it can, as far as its modules say."""
     reasons = dict.fromkeys(whole_model_reasons(model), "")
     rewrites: Any = getattr(model, "calib_rewrites", ())
-    for rewrite in rewrites:
-        if rewrite["kind"] == "parameter":
-            reasons.setdefault(EXPERTS, rewrite["name"])
+    reasons |= dict.fromkeys(unsuited(model, rewrites), "")
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             for reason in _linear_reasons(module):
@@ -77,6 +82,10 @@ def _linear_reasons(module: QuantLinear) -> list[str]:
 class QdqLinear(nn.Module):
     """A QuantLinear in the operators of ONNX, for tracing: eager results are not meant."""
 
+    shift: Tensor | None
+    rescale: Tensor | None
+    rotation: Tensor | None
+    bias: Tensor | None
     scale: Tensor
     zero: Tensor
     weight_scale: Tensor
@@ -84,9 +93,11 @@ class QdqLinear(nn.Module):
     def __init__(self, module: QuantLinear) -> None:
         super().__init__()
         given, spec = module.input, module.input.spec
-        self.shift, self.rescale, self.side, self.bias = given.shift, given.rescale, module.side, module.bias
-        block = given.hadamard
-        self.rotation = None if block == 1 else block_hadamard(torch.eye(block), block)
+        block, self.side = given.hadamard, module.side
+        rotation = None if block == 1 else block_hadamard(torch.eye(block), block)
+        parts = {"shift": given.shift, "rescale": given.rescale, "rotation": rotation, "bias": module.bias}
+        for name, part in parts.items():
+            self.register_buffer(name, part)
         self.clip: tuple[float, float] | None = None
         self.static = spec is not None
         if spec is not None:
@@ -194,14 +205,14 @@ def traced(model: PreTrainedModel) -> Any:
             parent, _, leaf = name.rpartition(".")
             setattr(own.get_submodule(parent), leaf, QdqLinear(module))
     names = input_names(model)
-    ids = torch.ones(2, 6, dtype=torch.int64)
     batch, longest = (
         torch.export.Dim("batch", min=1),
         int(getattr(model.config, "max_position_embeddings", 0) or 1 << 20),
     )
     lengths = [torch.export.Dim("tokens", min=2, max=longest)] * 2
     lengths += [torch.export.Dim("decoder_tokens", min=2, max=longest)] * (len(names) - 2)
-    inputs = (ids, ids, ids[:, :5])[: len(names)]
+    # of each its own tensor: one given twice would be traced as one
+    inputs = tuple(torch.ones(2, length, dtype=torch.int64) for length in (6, 6, 5)[: len(names)])
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +50,13 @@ def refuse_recipe(format: str, recipe: Recipe, dtype: torch.dtype) -> None:
     if reasons:
         raise InputError(f"{format} cannot express this: {'; '.join(reasons)}", "use --format calib, or auto")
     require(format)
+
+
+def refuse_model(format: str, model: nn.Module, rewrites: Sequence[Mapping[str, str]]) -> None:
+    """Raise InputError for an architecture that a format does not hold. rewrites: the plan's."""
+    unsuited = getattr(WRITERS.get(format), "unsuited", None)
+    if why := [] if unsuited is None else unsuited(model, rewrites):
+        raise InputError(f"{format} cannot express this: {'; '.join(why)}", "use --format calib, or auto")
 
 
 def reasons(model: nn.Module, format: str) -> list[str]:

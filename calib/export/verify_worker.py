@@ -1,7 +1,7 @@
 """Run in a fresh process, by file path: load an export with its own loader, answer a stored batch, save the answer.
 
-usage: verify_worker.py FOLDER BATCH.safetensors OUT.safetensors [ROOT]. With ROOT, calib is imported from there first,
-and the integer kernels are compared with the float arithmetic as well; without it, calib must not be needed.
+usage: verify_worker.py ROOT (FOLDER BATCH.safetensors OUT.safetensors)... With a ROOT, calib is imported from there
+first, and the integer kernels are compared with the float arithmetic as well; with "" calib must not be needed.
 """
 
 from __future__ import annotations
@@ -95,19 +95,15 @@ def onnxruntime_answer(file: Path, inputs: dict[str, Tensor]) -> Tensor:
     return torch.from_numpy(session.run(None, taken)[0])
 
 
-def main(folder: Path, batch: Path, out: Path, root: str | None) -> None:
-    if root is not None:
-        sys.path.insert(0, root)
-        os.environ["CALIB_MODE"] = "fake"
+def main(folder: Path, batch: Path, out: Path, own: bool) -> None:
+    if own:
         from calib.export import hf, kernel_check
-
-        hf.register()
     inputs = {k.removeprefix("input."): v for k, v in load_file(batch).items() if k.startswith("input.")}
     if (folder / "model.onnx").is_file():
         answers, loader = {"logits": onnxruntime_answer(folder / "model.onnx", inputs)}, "onnxruntime"
     else:
         model, loader = transformers_model(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        if root is None:
+        if not own:
             answers = {"logits": transformers_answer(model, inputs)}
         else:
             with kernel_check.comparing(model) as differences:
@@ -118,10 +114,20 @@ def main(folder: Path, batch: Path, out: Path, root: str | None) -> None:
                 answers["packed"] = transformers_answer(model, inputs)
             else:  # every linear gave the same bits on the same inputs, so the model does
                 answers["packed"] = answers["logits"].clone()
-    assert root is not None or "calib" not in sys.modules
+    assert own or "calib" not in sys.modules
     save_file(answers, out, metadata={"loader": loader})
 
 
 if __name__ == "__main__":
-    folder, batch, out, *root = sys.argv[1:]
-    main(Path(folder), Path(batch), Path(out), root[0] if root else None)
+    root, *jobs = sys.argv[1:]
+    if root:
+        sys.path.insert(0, root)
+        os.environ["CALIB_MODE"] = "fake"
+        from calib.export import hf
+
+        hf.register()
+    for folder, batch, out in zip(jobs[::3], jobs[1::3], jobs[2::3], strict=True):
+        try:
+            main(Path(folder), Path(batch), Path(out), bool(root))
+        except Exception as error:  # the others still get their answers
+            Path(out).with_suffix(".error").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
