@@ -119,7 +119,7 @@ def verify(
     """
     folder = Path(out).expanduser().absolute()
     if reference is not None and inputs is not None:
-        _store(folder, reference, inputs)
+        store_reference(folder, reference, inputs)
     report = verify_all([folder], tolerance=tolerance)[folder]
     if isinstance(report, CalibError):
         raise report
@@ -228,7 +228,8 @@ def _compare(folder: Path, got: Tensor, wanted: Tensor) -> tuple[float, float]:
     return float((got - wanted).abs().max()) / span, float((got.argmax(-1) == wanted.argmax(-1)).float().mean())
 
 
-def _store(folder: Path, reference: Tensor, inputs: Mapping[str, Tensor]) -> None:
+def store_reference(folder: Path, reference: Tensor, inputs: Mapping[str, Tensor]) -> None:
+    """Keep in a folder what `verify` will hold it to."""
     reference = reference.detach().float().cpu()
     if reference.dim() == 3 and reference.numel() > STORED_LOGITS:
         reference = reference[:, -TAIL:]

@@ -17,7 +17,7 @@ import calib
 from calib.errors import CalibError
 from calib.export import targets
 from calib.export.checkpoint import versions
-from calib.export.verify import reference_batch, reference_of, verify_all
+from calib.export.verify import reference_batch, reference_of, store_reference, verify_all
 from tests.families import FAMILIES, batches, build
 
 # what each format is made for: scheme, its options, method
@@ -63,9 +63,7 @@ def write(family: str, format: str, folder: Path) -> None:
     )  # fmt: skip
     result.save(folder, format, verified=False)
     inputs = reference_batch(data[0])
-    from calib.export.verify import _store
-
-    _store(folder, reference_of(result.model, inputs, format), inputs)
+    store_reference(folder, reference_of(result.model, inputs, format), inputs)
 
 
 def _verified(report: calib.VerifyReport) -> str:
