@@ -24,7 +24,7 @@ from calib.export.weight_only import drop_inputs, grid_of
 from calib.nn import ActivationQuantizer, QuantLinear, SideBranch
 from calib.quantizers import AffineSpec, LevelSpec
 from experiments.bench import formats
-from tests.families import FAMILIES, batches, build, logits
+from tests.families import COMMON, FAMILIES, batches, build, logits
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "formats.md"
 SPECS = {
@@ -122,6 +122,35 @@ def test_converted_is_the_same_model(format: str, source: Path, tmp_path: Path) 
     error = float((logits(stock, batch) - want).abs().max() / (want.max() - want.min()))
     assert error <= (1e-6 if format == "float" else 2e-3)
     assert json.loads((tmp_path / "out" / "calib.json").read_text())["converted_from"]
+
+
+GROUPED = {**COMMON, "num_key_value_heads": 2, "intermediate_size": 96}
+AS_RELEASED: dict[str, Callable[[], Any]] = {  # with the entries that readers take for granted
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GROUPED)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GROUPED, head_dim=128)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**GROUPED, head_dim=16, sliding_window=16, query_pre_attn_scalar=256)
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4)),
+}
+
+
+@pytest.mark.parametrize("kind", AS_RELEASED)
+def test_gguf_of_other_architectures(kind: str, tmp_path: Path) -> None:
+    from calib.export.verify_worker import transformers_model
+
+    torch.manual_seed(0)
+    model: Any = AS_RELEASED[kind]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    scheme: dict[str, Any] = {"weight_group": 32, "weight_symmetric": kind != "gpt2"}
+    data = batches("llama")
+    result = calib.quantize(model, "w4a16", "rtn", data, samples=8, seq_len=24, progress=False, scheme_options=scheme)
+    result.save(tmp_path / "out", "gguf", verified=False)
+    stock, _ = transformers_model(tmp_path / "out", json.loads((tmp_path / "out" / "config.json").read_text()))
+    want = reference_of(result.model, data[0], "gguf")
+    assert float((logits(stock, data[0]) - want).abs().max()) <= 2e-3 * float(want.max() - want.min())
 
 
 @pytest.mark.slow
