@@ -1,6 +1,7 @@
 """calib: post-training quantization of transformers, from outlier suppression to verified checkpoints.
 
-`quantize` does it all, `plan` says before any work what it would do, `load` and `verify` read a result back.
+`quantize` does it all, `plan` says before any work what it would do, `load` and `verify` read a result back,
+`convert` writes it for other programs.
 Importing calib also teaches transformers its checkpoints: ``AutoModel*.from_pretrained(folder)`` then works.
 """
 
@@ -17,6 +18,7 @@ from calib.errors import (
 )
 from calib.export import hf as _hf
 from calib.export.load import load, load_tokenizer
+from calib.export.targets import convert
 from calib.export.verify import VerifyReport, verify
 from calib.quantize import Result, cost, plan, quantize  # `calib.quantize` is the function, not its module
 
@@ -33,6 +35,7 @@ __all__ = [
     "Result",
     "VerifyError",
     "VerifyReport",
+    "convert",
     "cost",
     "load",
     "load_tokenizer",

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 import calib
 from calib import cli_data
 from calib.errors import CalibError, DataError, Interrupted, ModelError, NumericsError, OutputError
+from calib.export.targets import WRITERS
 from calib.options import RecipeOptions, one_of, with_recipe_options
 from calib.recipe import METHODS, SCHEMES
 
@@ -234,6 +235,27 @@ def verify(
     print(report)
     if as_json:
         _print_json(report.as_dict())
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that calib quantize wrote.")],
+    format: Annotated[str, typer.Option(help=f"Of the new folder: {', '.join(WRITERS)}.")],
+    out: Annotated[str, typer.Option(help="Folder to write.")],
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Leave the grids of the inputs behind, where a format has none.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Write a finished checkpoint in another program's format, and verify it with that program's loader."""
+    _set_up(threads)
+    report = calib.convert(folder, format, out, weights_only=weights_only, overwrite=overwrite, verified=verify)
+    print(f"written to {out}, format {format}" + ("" if report is None else f"\n{report}"))
+    if as_json:
+        _print_json({"out": out, "format": format, "verify": None if report is None else report.as_dict()})
 
 
 @app.command()

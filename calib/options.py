@@ -14,11 +14,12 @@ import typer
 
 from calib.errors import InputError
 from calib.export.load import load_tokenizer
+from calib.export.targets import Format
 from calib.model.cost import parse_size
 from calib.recipe import FOLDS, METHODS, SCHEMES
 
 RANGES = ("minmax", "mse", "percentile")
-FORMATS = ("auto", "calib", "compressed-tensors", "dense")
+FORMATS = typing.get_args(Format)
 Option = typer.Option
 
 

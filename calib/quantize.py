@@ -20,9 +20,10 @@ from calib.data import Like, TokenData, sequence_limit
 from calib.engine import Engine, Journal, PrefixBuilder, choose_prefix, trained
 from calib.errors import CalibError, InputError
 from calib.evaluate import peak_rss_mib
-from calib.export import checkpoint, compressed, dense
+from calib.export import checkpoint, onnx, targets
 from calib.export.files import check_out, open_journal, writing
 from calib.export.streamed import Shards
+from calib.export.targets import Format
 from calib.methods import Basel, Hadamard, basel_of, low_rank_of, resolve
 from calib.model import Plan, Resident, make_plan, small_batch, takes_rotation
 from calib.model.cost import Cost, estimate
@@ -32,7 +33,7 @@ from calib.prepare import Model
 from calib.recipe import Recipe, Scheme
 from calib.recipe import recipe as make_recipe
 from calib.recipe import scheme as make_scheme
-from calib.result import Format, Result
+from calib.result import Result
 
 PLAN_TOKENS = 64
 
@@ -74,6 +75,7 @@ def quantize(
     if out is not None:
         prepare.check_apart(out, model, data)
         check_out(out, overwrite=overwrite)
+    options = _prefix_for(format, options)
     recipe, tried = _recipe(scheme, method, format, dtype, scheme_options, options), None
     if method == "auto":
         data = data if data is None or isinstance(data, (str, os.PathLike, Like)) else list(data)
@@ -177,7 +179,7 @@ def plan(
     """What ``quantize`` would do to each Linear, without collecting statistics; needs one forward of a few
     tokens.
     """
-    short = {**options, "samples": 2, "seq_len": 32}
+    short = {**_prefix_for(format, options), "samples": 2, "seq_len": 32}
     recipe = _recipe(scheme, method, format, torch.float32, scheme_options, short)
     network, tokenizer, store, resident = prepare.load_model(model, tokenizer, torch.float32, progress, streamed=True)
     tokens = prepare.calibration_tokens(network, tokenizer, None, recipe)
@@ -205,7 +207,7 @@ def cost(
     model: as for quantize, or a config.json. max_memory: bytes a process may hold; calib.model.cost.refuse says whether
     that is enough. out: on whose disk, for its speed.
     """
-    recipe = _recipe(scheme, method, format, dtype, scheme_options, options)
+    recipe = _recipe(scheme, method, format, dtype, scheme_options, _prefix_for(format, options))
     source: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module):
         source = model
@@ -216,6 +218,12 @@ def cost(
             source = found.path if found.origin == "hub" else Path(found.path)
     folder = None if out is None else next(p for p in Path(out).expanduser().absolute().parents if p.is_dir())
     return estimate(source, recipe, dtype=dtype, max_memory=max_memory, folder=folder)
+
+
+def _prefix_for(format: Format, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, without a prefix of our choice where the format has no place for one."""
+    free = options.get("prefix", "auto") == "auto" and format == onnx.FORMAT
+    return {**options, "prefix": "none"} if free else options
 
 
 def _recipe(
@@ -229,7 +237,7 @@ def _recipe(
     """The recipe, refused here for all that is wrong with it by itself."""
     if format not in get_args(Format):
         raise InputError(f"unknown format {format!r}", f"use {', '.join(get_args(Format))}")
-    stock, formats = format == "compressed-tensors", make_scheme(scheme, **(scheme_options or {}))
+    stock, formats = format in targets.STOCK, make_scheme(scheme, **(scheme_options or {}))
     if method == "auto":  # planned as what it tries first
         first = auto.candidates(formats, stock)[0]
         method, options = first.method, {**first.options, **options}
@@ -239,18 +247,14 @@ def _recipe(
     basel_of(recipe)
     if recipe.truncates and prepare.world_size() > 1:
         raise InputError("truncation looks at the whole model in one process", "run without torchrun")
-    if format == dense.FORMAT and (reasons := dense.refusals(recipe)):
-        raise InputError(f"a dense checkpoint cannot hold this: {'; '.join(reasons)}", "use --format calib, or auto")
-    if stock and (reasons := compressed.refusals(recipe, dtype)):
-        raise InputError(f"compressed-tensors cannot express this: {'; '.join(reasons)}", "use --format calib, or auto")
+    targets.refuse_recipe(format, recipe, dtype)
     return recipe
 
 
 def _plan(model: nn.Module, recipe: Recipe, tokens: TokenData, format: Format, store: Resident) -> Plan:
     """The plan, with all that is known before calibration checked against the recipe."""
     plan = make_plan(model, recipe, small_batch(tokens.batches, tokens=PLAN_TOKENS), store)
-    if format == "compressed-tensors" and (reasons := compressed.refusals(recipe, torch.float32, plan.rewrites)):
-        raise InputError(f"compressed-tensors cannot express this: {'; '.join(reasons)}", "use --format calib, or auto")
+    targets.refuse_model(format, model, plan.rewrites)
     _check_rotation(plan, recipe)
     return plan
 

@@ -312,4 +312,4 @@ def _check_low_rank(scheme: Scheme, methods: set[str], given: dict[str, object],
             "scheme none rounds nothing, so it can only truncate", "use low_rank or basel with keep, alone"
         )
     if stock and methods & owners.keys():
-        raise InputError("compressed-tensors holds no low-rank factors", "use --format calib, dense, or auto")
+        raise InputError("the format holds no low-rank factors", "use --format calib, float, or auto")

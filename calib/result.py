@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from calib.data import TokenData
 from calib.engine import Journal
 from calib.evaluate import peak_rss_mib
-from calib.export import checkpoint, compressed, dense
-from calib.export.hf import set_mode
+from calib.export import checkpoint, compressed, targets
 from calib.export.load import load
 from calib.export.streamed import Shards
 from calib.export.streamed import write as write_streamed
-from calib.export.verify import answer, reference_batch, verify
+from calib.export.targets import Format
+from calib.export.verify import reference_batch, reference_of, verify
 from calib.model import Plan, Resident
 from calib.recipe import Recipe
-
-Format = Literal["auto", "calib", "compressed-tensors", "dense"]
 
 
 @dataclass
@@ -65,10 +65,9 @@ class Result:
         """
         model = self.model
         chosen = self._choose(format, compressed.expressible(model) if format in ("auto", compressed.FORMAT) else ())
-        writer = {compressed.FORMAT: compressed, dense.FORMAT: dense}.get(chosen, checkpoint)
         finish = self._finisher(model, chosen, verified)
-        self.out = writer.save(
-            model, self.tokenizer, Path(out), manifest=self._manifest(), overwrite=overwrite, finish=finish
+        self.out = targets.save(
+            model, self.tokenizer, out, chosen, manifest=self._manifest(), overwrite=overwrite, finish=finish
         )
         return self.out
 
@@ -87,18 +86,16 @@ class Result:
         chosen = self._choose(
             format, compressed.expressible(model, store) if format in ("auto", compressed.FORMAT) else ()
         )
-        self.out = write_streamed(
-            journal,
-            shards,
-            model,
-            store,
-            self.tokenizer,
-            out,
-            format=chosen,
-            manifest=self._manifest(),
-            overwrite=overwrite,
-            finish=self._finisher(model, chosen, verified),
-        )
+        write = partial(write_streamed, journal, shards, model, store, self.tokenizer)
+        if chosen in targets.STREAMED:
+            finish = self._finisher(model, chosen, verified)
+            self.out = write(out, format=chosen, manifest=self._manifest(), overwrite=overwrite, finish=finish)
+            return
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+            whole = Path(scratch) / "model"
+            write(whole, format=checkpoint.FORMAT, manifest={}, overwrite=False, finish=lambda _: {})
+            self.network = load(whole, mode="fake")
+            self.save(out, format, overwrite=overwrite, verified=verified)
 
     def _choose(self, format: Format, reasons: Sequence[str]) -> str:
         chosen = format if format != "auto" else ("calib" if reasons else compressed.FORMAT)
@@ -117,10 +114,7 @@ class Result:
         start = time.perf_counter()
         before = self.seconds.get("total", 0.0)
         inputs = reference_batch(self.data[0])
-        # other programs simulate in floats: what they are held against has to as well
-        set_mode(model, "float" if format == compressed.FORMAT else "fake")
-        reference = answer(model, inputs)
-        set_mode(model, "fake")
+        reference = reference_of(model, inputs, format)
         self.report.pop("verify", None)
 
         def finish(stage: Path) -> dict[str, Any]:

@@ -482,7 +482,7 @@ def test_verify_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert report.top1 >= 0.99 and report.positions == IDS.numel()
     assert report.kernel_difference is not None and report.kernel_difference <= 1e-5
     answers = {"logits": expected, "packed": expected, "kernels": torch.tensor([1e-6])}
-    monkeypatch.setattr("calib.export.verify._fresh_answer", lambda *_: answers)
+    monkeypatch.setattr("calib.export.verify._fresh_answers", lambda *_: {folder: (answers, "a stand-in")})
     assert calib.verify(folder).max_difference == 0.0
     answers["kernels"] = torch.tensor([1e-2])
     with pytest.raises(VerifyError, match="kernel"):

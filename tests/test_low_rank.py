@@ -11,7 +11,7 @@ from torch import Tensor
 
 import calib
 from calib.engine import Engine
-from calib.errors import InputError, NumericsError, OutputError
+from calib.errors import InputError, NumericsError
 from calib.nn import LowRankLinear, QuantLinear, SideBranch, changed_linears
 from calib.transforms import relative_error
 from tests.families import batches, build, logits
@@ -92,21 +92,19 @@ def test_truncated_is_saved_and_reloaded(family: str, scheme: str, method: str, 
         }
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_dense_form_loads_in_plain_transformers(family: str, tmp_path: Path) -> None:
     result = truncated(family, keep=0.6)
     want = logits(result.model, batches(family)[0])
-    result.save(tmp_path / "out", "dense", verified=False)
+    result.save(tmp_path / "out", "float", verified=False)
     plain = type(build(family)).from_pretrained(tmp_path / "out")
     assert not changed_linears(plain)
     assert relative_error(logits(plain, batches(family)[0]), want) <= 1e-4
 
 
 def test_what_has_no_dense_form_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="dense checkpoint"):
-        truncated(scheme="w8a8", method="low_rank", keep=0.5, format="dense")
-    with pytest.raises(OutputError, match="Conv1D"):
-        truncated("gpt2", keep=0.5).save(tmp_path / "out", "dense")
+    with pytest.raises(InputError, match="float cannot express"):
+        truncated(scheme="w8a8", method="low_rank", keep=0.5, format="float")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +183,7 @@ def test_streamed_is_resident_and_killed_is_paused(tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 def test_dense_streamed(tmp_path: Path) -> None:
     model, data = folder_of(tmp_path), batches("llama")
-    result = calib.quantize(model, "none", "low_rank", data, tmp_path / "out", keep=0.6, progress=False, format="dense")
+    result = calib.quantize(model, "none", "low_rank", data, tmp_path / "out", keep=0.6, progress=False, format="float")
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     want = calib.quantize(model, "none", "low_rank", data, keep=0.6, progress=False).model
     assert relative_error(logits(plain, data[0]), logits(want, data[0])) <= 1e-4

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ FORMAT = "compressed-tensors"
 ATTENTION = "attention matmuls or the key-value cache are quantized dynamically"
 HADAMARD = "an online Hadamard precedes a linear"
 LOW_RANK = "low-rank factors stand for a linear, or beside one"
+FUSED = "a shift or scale is fused into an activation quantizer"
+PREFIX = "a prefix is kept in float keys and values"
 FLOAT_ROWS = "rows beyond the static range are computed in float"
 
 
@@ -40,7 +42,7 @@ def expressible(model: nn.Module, store: Resident | None = None) -> list[str]:
         return [f"{type(model).__name__} is not a transformers model"]
     reasons: dict[str, str] = {}  # reason -> first module
     if isinstance(getattr(model, "calib_prefix", None), Prefix):
-        reasons["a prefix is kept in float keys and values"] = ""
+        reasons[PREFIX] = ""
     if any(hasattr(module, "calib_attention") for module in model.modules()):
         reasons[ATTENTION] = ""
     reasons |= dict.fromkeys(rewrite_reasons(getattr(model, "calib_rewrites", ())), "")
@@ -69,9 +71,9 @@ def expressible(model: nn.Module, store: Resident | None = None) -> list[str]:
     return [f"{reason} ({name})" if name else reason for reason, name in reasons.items()]
 
 
-def refusals(recipe: Recipe, dtype: torch.dtype, rewrites: Sequence[Mapping[str, str]] = ()) -> list[str]:
-    """What `expressible` will object to that is known before calibration: from the recipe, and from the
-    plan's rewrites. Biases that a class lacks, and inputs that are not [batch, tokens, channels], show later.
+def refusals(recipe: Recipe, dtype: torch.dtype) -> list[str]:
+    """What `expressible` will object to that the recipe says. Biases that a class lacks, and inputs that are not
+    [batch, tokens, channels], show later.
     """
     scheme = recipe.scheme
     formats = dict.fromkeys([scheme.weights, *(each.weights for each in scheme.overrides)])
@@ -86,7 +88,13 @@ def refusals(recipe: Recipe, dtype: torch.dtype, rewrites: Sequence[Mapping[str,
         reasons.append(LOW_RANK)
     if dtype not in (torch.float32, torch.float64):
         reasons.append(_rounded_scales(dtype))
-    return [*reasons, *rewrite_reasons(rewrites)]
+    return reasons
+
+
+def unsuited(model: nn.Module, rewrites: Sequence[Mapping[str, str]]) -> list[str]:
+    """What is known of an architecture before it is quantized."""
+    del model
+    return rewrite_reasons(rewrites)
 
 
 def rewrite_reasons(rewrites: Sequence[Mapping[str, str]]) -> list[str]:
@@ -104,7 +112,7 @@ def _module_reasons(module: QuantLinear, dtype: torch.dtype) -> list[str]:
     quantizer = module.input
     reasons = _format_reasons(module.weight_spec, quantizer.spec)
     if quantizer.shift is not None or quantizer.rescale is not None:
-        reasons.append("a shift or scale is fused into an activation quantizer")
+        reasons.append(FUSED)
     if quantizer.hadamard > 1:
         reasons.append(HADAMARD)
     if quantizer.float_rows:
@@ -193,8 +201,11 @@ def zero_bias(model: PreTrainedModel, size: int) -> Tensor:
     return torch.zeros(size, dtype=model.dtype)
 
 
-def tensors_of(part: nn.Module, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors_of(
+    part: nn.Module, prefix: str, dtype: torch.dtype, rewrites: Sequence[Mapping[str, str]]
+) -> dict[str, Tensor]:
     """The tensors of one block, named from the model's root, in compressed-tensors' form."""
+    del rewrites  # refused
     return _converted(
         {f"{prefix}.{key}": t.detach().contiguous() for key, t in part.state_dict().items()}, part, prefix, dtype
     )
@@ -286,8 +297,8 @@ def _args(spec: AnyWeight) -> dict[str, Any]:
     }
 
 
-def stock_config(model: PreTrainedModel) -> tuple[Any, dict[str, int]]:
-    """The config that gives the stock class every bias ours has, and the sizes of those it adds: zeros.
+def stock_config(model: PreTrainedModel, new_biases: Set[str] = frozenset()) -> tuple[Any, dict[str, int]]:
+    """The config that gives the stock class every bias ours has or gets, and the sizes of those it adds: zeros.
 
     Biases that the class lacks by default are looked for behind its config's boolean ``*bias*`` flags.
     """
@@ -297,7 +308,7 @@ def stock_config(model: PreTrainedModel) -> tuple[Any, dict[str, int]]:
         f"{name}.bias"
         for name, module in model.named_modules()
         if isinstance(getattr(module, "bias", None), Tensor) and f"{name.rpartition('.')[0]}.bias" not in factored
-    }
+    } | new_biases
     flags = [k for k, v in config.to_dict().items() if "bias" in k and v is False]
     for count in range(min(len(flags), 4) + 1):
         for chosen in itertools.combinations(flags, count):

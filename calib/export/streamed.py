@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from calib.engine import Journal
 from calib.errors import VerifyError
-from calib.export import checkpoint, compressed, dense
+from calib.export import checkpoint, compressed, plain
 from calib.export.files import Finish, check_out, finished, publish, write_json, writing
 from calib.files import sha256
 from calib.model import Resident, TensorFiles
 from calib.nn import Prefix
 
-CONVERTED = {compressed.FORMAT: compressed.tensors_of, dense.FORMAT: dense.tensors_of}
+CONVERTED = {compressed.FORMAT: compressed.tensors_of, plain.FORMAT: plain.tensors_of}
 SHARD_BYTES = 256 * 2**20  # of what is outside the blocks, together in a file
 
 
@@ -67,7 +67,7 @@ def write(
                 config, zero_biases = compressed.stock_config(model)
                 config.quantization_config = compressed.quantization_config(model)
             else:
-                config, zero_biases = dense.described(model)
+                config, zero_biases = plain.described(model)
             stage = journal.folder / "converted"
             stage.mkdir(exist_ok=True)
             _convert(journal, shards, model, store, stage, CONVERTED[format])
@@ -118,12 +118,13 @@ def _convert(
     model: PreTrainedModel,
     store: Resident,
     stage: Path,
-    tensors_of: Callable[[nn.Module, str, torch.dtype], dict[str, Tensor]],
+    tensors_of: Callable[[nn.Module, str, torch.dtype, Sequence[Mapping[str, str]]], dict[str, Tensor]],
 ) -> None:
     """The blocks' shards in another form."""
+    rewrites: Any = getattr(model, "calib_rewrites", ())
     for block, file in shards.blocks.items():
         with store.hold(block):
-            tensors = tensors_of(model.get_submodule(block), block, model.dtype)
+            tensors = tensors_of(model.get_submodule(block), block, model.dtype, rewrites)
             journal.store(f"{stage.name}/{file}", tensors)
 
 

@@ -8,18 +8,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calib.errors import ModelError, VerifyError
+from calib.errors import CalibError, ModelError, VerifyError
 from calib.export.files import MANIFEST, writing
+from calib.export.hf import set_mode
 from calib.export.load import check_folder
 from calib.files import sha256
 
@@ -33,6 +34,12 @@ KERNEL_TOLERANCE = {
     "float16": 5e-3,
     "bfloat16": 3e-2,
 }  # of a linear's largest output
+FORMAT_TOLERANCE = {
+    "gptq": 5e-3,  # scales are rounded to fp16
+    "awq": 5e-3,
+    "gguf": 5e-3,
+    "onnx": 2e-2,  # norms and softmax are summed in another order, and a code next to a boundary flips
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,14 @@ def answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return result.float()
 
 
+def reference_of(model: nn.Module, inputs: Mapping[str, Tensor], format: str) -> Tensor:
+    """What a written model is held against: its answers, simulated as the format's programs compute."""
+    mode = "fake" if format in ("calib", "onnx") else "float"  # integers and a rescale, or products of floats
+    answers = answer(set_mode(model, mode), inputs)
+    set_mode(model, "fake")
+    return answers
+
+
 def verify(
     out: str | Path,
     reference: Tensor | None = None,
@@ -103,50 +118,97 @@ def verify(
     read.
     """
     folder = Path(out).expanduser().absolute()
+    if reference is not None and inputs is not None:
+        store_reference(folder, reference, inputs)
+    report = verify_all([folder], tolerance=tolerance)[folder]
+    if isinstance(report, CalibError):
+        raise report
+    return report
+
+
+def verify_all(folders: Iterable[Path], *, tolerance: float | None = None) -> dict[Path, VerifyReport | CalibError]:
+    """``verify`` of folders that hold their reference, in one fresh process with calib and one without."""
+    found: dict[Path, VerifyReport | CalibError] = {}
+    wanted: dict[bool, list[_Wanted]] = {True: [], False: []}
+    for folder in folders:
+        try:
+            each = _wanted(folder, tolerance)
+            wanted[each.own].append(each)
+        except CalibError as error:
+            found[folder] = error
+    for own, jobs in wanted.items():
+        start = time.perf_counter()
+        answers = _fresh_answers([each.folder for each in jobs], own) if jobs else {}
+        for each in jobs:
+            try:
+                found[each.folder] = _judged(each, answers[each.folder], time.perf_counter() - start)
+            except CalibError as error:
+                found[each.folder] = error
+    return found
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a folder is held to."""
+
+    folder: Path
+    own: bool  # calib's own format
+    dtype: str
+    logits: Tensor
+    tolerance: float
+
+
+def _wanted(folder: Path, tolerance: float | None) -> _Wanted:
     config = check_folder(folder)
     _check_hashes(folder)
-    if reference is not None and inputs is not None:
-        _store(folder, reference, inputs)
     file = folder / REFERENCE
     try:
-        stored = load_file(file)
-        wanted = stored["logits"]
+        logits = load_file(file)["logits"]
     except (OSError, SafetensorError, KeyError) as error:
         raise ModelError(
             f"{file} is missing or damaged", "only exports that were verified once can be again"
         ) from error
     own = (config.get("quantization_config") or {}).get("quant_method") == "calib"
-    start = time.perf_counter()
-    answers = _fresh_answer(folder, file, own)
-    difference, top1 = _compare(folder, answers["logits"], wanted)
+    dtype = str(config.get("dtype"))
+    allowed = max(TOLERANCE.get(dtype, 1e-3), FORMAT_TOLERANCE.get(_format(folder), 0.0))
+    return _Wanted(folder, own, dtype, logits, allowed if tolerance is None else tolerance)
+
+
+def _judged(wanted: _Wanted, answer: tuple[dict[str, Tensor], str] | VerifyError, seconds: float) -> VerifyReport:
+    """The report of a folder's answers, or the VerifyError that they, or their absence, are."""
+    if isinstance(answer, VerifyError):
+        raise answer
+    answers, loader = answer
+    folder, limit = wanted.folder, wanted.tolerance
+    difference, top1 = _compare(folder, answers["logits"], wanted.logits)
     report = VerifyReport(
         max_difference=difference,
-        tolerance=TOLERANCE.get(str(config.get("dtype")), 1e-3) if tolerance is None else tolerance,
+        tolerance=limit,
         top1=top1,
-        positions=wanted[..., 0].numel(),
-        loader="transformers with calib" if own else "transformers without calib",
-        seconds=time.perf_counter() - start,
+        positions=wanted.logits[..., 0].numel(),
+        loader=loader,
+        seconds=seconds,
     )
-    if not difference <= report.tolerance:
+    if not difference <= limit:
         raise VerifyError(
             f"{folder} differs from the model it was written from by {difference:.2e} of the logit range, "
-            f"more than {report.tolerance:.0e} (equal top-1: {top1:.1%})",
+            f"more than {limit:.0e} (equal top-1: {top1:.1%})",
             "report this as a bug",
         )
-    if not own:
+    if not wanted.own:
         return report
-    kernels, allowed = float(answers["kernels"]), KERNEL_TOLERANCE.get(str(config.get("dtype")), 1e-4)
+    kernels, allowed = float(answers["kernels"]), KERNEL_TOLERANCE.get(wanted.dtype, 1e-4)
     if not kernels <= allowed:
         raise VerifyError(
             f"an integer kernel of this machine differs from float arithmetic by {kernels:.2e} of a linear's "
             f"largest output, more than {allowed:.0e}",
             "load with mode='fake', and report this as a bug",
         )
-    packed, packed_top1 = _compare(folder, answers["packed"], wanted)
-    if kernels == 0 and not packed <= report.tolerance:
+    packed, packed_top1 = _compare(folder, answers["packed"], wanted.logits)
+    if kernels == 0 and not packed <= limit:
         raise VerifyError(
             f"{folder} on integer kernels differs from the model it was written from by {packed:.2e} of the logit "
-            f"range, more than {report.tolerance:.0e}, although each linear alone does not",
+            f"range, more than {limit:.0e}, although each linear alone does not",
             "report this as a bug",
         )
     return replace(report, kernel_difference=kernels, packed_difference=packed, packed_top1=packed_top1)
@@ -166,7 +228,8 @@ def _compare(folder: Path, got: Tensor, wanted: Tensor) -> tuple[float, float]:
     return float((got - wanted).abs().max()) / span, float((got.argmax(-1) == wanted.argmax(-1)).float().mean())
 
 
-def _store(folder: Path, reference: Tensor, inputs: Mapping[str, Tensor]) -> None:
+def store_reference(folder: Path, reference: Tensor, inputs: Mapping[str, Tensor]) -> None:
+    """Keep in a folder what `verify` will hold it to."""
     reference = reference.detach().float().cpu()
     if reference.dim() == 3 and reference.numel() > STORED_LOGITS:
         reference = reference[:, -TAIL:]
@@ -177,6 +240,12 @@ def _store(folder: Path, reference: Tensor, inputs: Mapping[str, Tensor]) -> Non
         part = file.with_suffix(".part")
         save_file({**tensors, "logits": reference.contiguous()}, str(part))
         part.replace(file)
+
+
+def _format(folder: Path) -> str:
+    """The manifest's word for what the folder is; empty without a manifest."""
+    file = folder / MANIFEST
+    return str(json.loads(file.read_text(encoding="utf-8")).get("format", "")) if file.is_file() else ""
 
 
 def _check_hashes(folder: Path) -> None:
@@ -196,11 +265,12 @@ def _check_hashes(folder: Path) -> None:
             )
 
 
-def _fresh_answer(folder: Path, batch: Path, own: bool) -> dict[str, Tensor]:
+def _fresh_answers(folders: Sequence[Path], own: bool) -> dict[Path, tuple[dict[str, Tensor], str] | VerifyError]:
+    """Of each folder the answers of verify_worker.py, and what loaded it there."""
     worker = Path(__file__).with_name("verify_worker.py")
-    root = [str(Path(__file__).parents[2])] if own else []
     with tempfile.TemporaryDirectory() as scratch:
-        result = Path(scratch) / "answer.safetensors"
+        results = {folder: Path(scratch) / f"{number}.safetensors" for number, folder in enumerate(folders)}
+        jobs = [str(path) for folder, result in results.items() for path in (folder, folder / REFERENCE, result)]
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
@@ -208,13 +278,21 @@ def _fresh_answer(folder: Path, batch: Path, own: bool) -> dict[str, Tensor]:
             "PYTHONWARNINGS": "ignore",
         }
         child = subprocess.run(
-            [sys.executable, str(worker), str(folder), str(batch), str(result), *root],
+            [sys.executable, str(worker), str(Path(__file__).parents[2]) if own else "", *jobs],
             capture_output=True,
             text=True,
             env=environment,
             check=False,
         )
-        if child.returncode != 0 or not result.is_file():
-            lines = [line for line in child.stderr.splitlines() if line.strip()] or [f"exit code {child.returncode}"]
-            raise VerifyError(f"{folder} does not load in a fresh process: {lines[-1][:300]}", "export the model again")
-        return {name: tensor.clone() for name, tensor in load_file(result).items()}
+        lines = [line for line in child.stderr.splitlines() if line.strip()] or [f"exit code {child.returncode}"]
+        return {folder: _read(folder, result, lines[-1]) for folder, result in results.items()}
+
+
+def _read(folder: Path, result: Path, otherwise: str) -> tuple[dict[str, Tensor], str] | VerifyError:
+    if not result.is_file():
+        error = result.with_suffix(".error")
+        cause = error.read_text(encoding="utf-8") if error.is_file() else otherwise
+        return VerifyError(f"{folder} does not load in a fresh process: {cause[:300]}", "export the model again")
+    with safe_open(str(result), framework="pt") as file:
+        answers = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return answers, file.metadata()["loader"]

@@ -1,0 +1,114 @@
+"""Every format x every family: verified by the format's own loader in a fresh process, or refused with the reason.
+
+``python -m experiments.bench.formats`` writes docs/formats.md. Models are the tests' tiny random ones, calibrated on
+random tokens (8 x 24), seed 0: the matrix shows what can be expressed and read back, not how good it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+import calib
+from calib.errors import CalibError
+from calib.export import targets
+from calib.export.checkpoint import versions
+from calib.export.verify import reference_batch, reference_of, store_reference, verify_all
+from tests.families import FAMILIES, batches, build
+
+# what each format is made for: scheme, its options, method
+STATIC = ("w8a8-static", {}, "os+")
+GROUPS = ("w4a16", {"weight_group": 32}, "rtn")
+SCHEMES = {
+    "calib": STATIC,
+    "compressed-tensors": STATIC,
+    "float": GROUPS,
+    "gptq": GROUPS,
+    "awq": GROUPS,
+    "gguf": GROUPS,
+    "onnx": STATIC,
+}
+FILE = Path(__file__).resolve().parents[2] / "docs" / "formats.md"
+
+
+def matrix(families: Iterable[str], formats: Iterable[str], work: Path) -> dict[tuple[str, str], str]:
+    """(family, format) -> what became of it, in words."""
+    cells: dict[tuple[str, str], str] = {}
+    written: dict[Path, tuple[str, str]] = {}
+    for family in families:
+        for format in formats:
+            folder = work / f"{family}-{format}"
+            try:
+                write(family, format, folder)
+                written[folder] = (family, format)
+            except CalibError as error:
+                cause = error.cause.partition(": ")[2] or error.cause
+                cells[family, format] = f"{cause}; {error.fix}"
+    for folder, report in verify_all(written).items():
+        cells[written[folder]] = f"FAILED: {report}" if isinstance(report, CalibError) else _verified(report)
+    return cells
+
+
+def write(family: str, format: str, folder: Path) -> None:
+    """Quantize as the format is made for, write it with the reference that it will be held to. Raises CalibError."""
+    scheme, options, method = SCHEMES[format]
+    data = batches(family)
+    result = calib.quantize(
+        build(family), scheme, method, data, samples=8, seq_len=24, prefix="none", progress=False,
+        format=format, scheme_options=options,
+    )  # fmt: skip
+    result.save(folder, format, verified=False)
+    inputs = reference_batch(data[0])
+    store_reference(folder, reference_of(result.model, inputs, format), inputs)
+
+
+def _verified(report: calib.VerifyReport) -> str:
+    return f"{report.max_difference:.0e}" if report.max_difference else "0"
+
+
+def page(cells: dict[tuple[str, str], str], families: list[str], formats: list[str]) -> str:
+    """The matrix as Markdown, refusals as footnotes."""
+    notes: dict[str, int] = {}
+    rows = [f"| | {' | '.join(formats)} |", "|---" * (len(formats) + 1) + "|"]
+    for family in families:
+        shown = []
+        for format in formats:
+            text = cells[family, format]
+            refused = not text[0].isdigit()
+            shown.append(f"[{notes.setdefault(text, len(notes) + 1)}]" if refused else text)
+        rows.append(f"| {family} | {' | '.join(shown)} |")
+    listed = [f"{number}. {text}" for text, number in notes.items()]
+    return "\n".join([*rows, "", *listed])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--formats", default=",".join(targets.WRITERS))
+    parser.add_argument("--out", type=Path, default=FILE)
+    given = parser.parse_args()
+    families, formats = given.families.split(","), given.formats.split(",")
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as work:
+        cells = matrix(families, formats, Path(work))
+    text = page(cells, families, formats)
+    print(text)
+    given.out.write_text(HEAD.format(versions=", ".join(f"{k} {v}" for k, v in versions().items())) + text + "\n")
+
+
+HEAD = """# What can be written for which program
+
+Largest difference from the simulated model's logits, of their range, as the format's own loader answers in a fresh
+process; a number in brackets is a refusal, with the reason below. Written by `python -m experiments.bench.formats` on
+tiny random models ({versions}). `calib`, `compressed-tensors` and `onnx` hold `w8a8-static` by `os+`; the others hold
+weights only: `w4a16`, groups of 32.
+
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Sentences a second of a classifier: float torch, calib's kernels, calib's ONNX export, onnxruntime's own int8.
+
+``calib quantize MODEL --scheme w8a8-static --method os+ --data TRAIN.tsv --out QUANTIZED`` and ``calib export QUANTIZED
+--format onnx --out ONNX`` come first. Then ``python -m experiments.bench.runtime MODEL QUANTIZED ONNX`` times all on
+the same sentences, in turns, CPU time of the process, and compares their logits with float's on the whole test file.
+onnxruntime's static quantization sees as many sentences of the training file as calib saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+import calib
+from calib.data import batch_rows, encode_rows, read_labelled
+from calib.export.checkpoint import versions
+from calib.export.load import load_pair
+from calib.export.onnx import traced
+
+Batch = dict[str, torch.Tensor]
+Runner = Callable[[Batch], np.ndarray]
+CALIBRATION, TIMED, ROUNDS = 128, 48, 5
+HERE = Path(__file__).parent
+
+
+def torch_runner(model: Any) -> Runner:
+    def run(batch: Batch) -> np.ndarray:
+        with torch.inference_mode():
+            return model(**batch).logits.numpy()
+
+    return run
+
+
+def onnx_runner(file: Path, threads: int) -> Runner:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    return lambda batch: session.run(None, {name: batch[name].numpy() for name in names})[0]
+
+
+class Reader(CalibrationDataReader):
+    """Calibration batches for onnxruntime's own static quantization."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches = batches
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {k: batch[k].numpy() for k in ("input_ids", "attention_mask")}
+
+
+def runners(given: argparse.Namespace, model: Any, calibration: list[Batch], work: Path) -> dict[str, Runner]:
+    plain = traced(model).model_proto
+    for node in plain.graph.node:  # as torch exports it: the Sums are ours
+        node.op_type = "Add" if node.op_type == "Sum" else node.op_type
+    del plain.graph.value_info[:]  # its shapes contradict what onnxruntime.quantization infers
+    onnx.save(plain, work / "float.onnx")
+    linears = {"op_types_to_quantize": ["MatMul", "Gemm"], "extra_options": {"MatMulConstBOnly": True}}  # as ours
+    common = {"weight_type": QuantType.QInt8, "per_channel": True, **linears}
+    quantize_dynamic(work / "float.onnx", work / "dynamic.onnx", **common)
+    quantize_static(
+        work / "float.onnx",
+        work / "static.onnx",
+        Reader(iter(calibration)),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        **common,
+    )
+    return {
+        "torch fp32": torch_runner(model),
+        "calib packed": torch_runner(calib.load(given.quantized)),
+        "calib in onnxruntime": onnx_runner(given.onnx / "model.onnx", given.threads),
+        "onnxruntime fp32": onnx_runner(work / "float.onnx", given.threads),
+        "onnxruntime int8 dynamic": onnx_runner(work / "dynamic.onnx", given.threads),
+        "onnxruntime int8 static QDQ": onnx_runner(work / "static.onnx", given.threads),
+    }
+
+
+def seconds_of(found: dict[str, Runner], batches: list[Batch]) -> dict[str, float]:
+    """Median over rounds of the CPU seconds that a pass over the batches takes; the runners in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in found}
+    for turn in range(ROUNDS + 1):
+        for name, run in found.items():
+            start = time.process_time()
+            for batch in batches:
+                run(batch)
+            if turn:  # the first warms up
+                taken[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("quantized", type=Path)
+    parser.add_argument("onnx", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/sst2"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=HERE / "results-runtime.json")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    logging.disable(logging.WARNING)  # onnxruntime.quantization advises at the root logger
+    model, tokenizer = load_pair(given.model, dtype=torch.float32)
+    sentences, labels = read_labelled(given.data / "test.tsv")
+    rows = encode_rows(tokenizer, sentences, 512)
+    first = encode_rows(tokenizer, read_labelled(given.data / "train.tsv")[0][:CALIBRATION], 512)
+    table: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        found = runners(given, model, list(batch_rows(first, tokenizer, 8)), Path(scratch))
+        for size in (1, 32):
+            batches = list(batch_rows(rows[: TIMED * (1 if size == 1 else 2)], tokenizer, size))
+            count = sum(len(batch["input_ids"]) for batch in batches)
+            taken = seconds_of(found, batches)
+            for name, seconds in taken.items():
+                row = table.setdefault(name, {})
+                row[f"sentences/s, batch {size}"] = count / seconds
+                row[f"x torch fp32, batch {size}"] = taken["torch fp32"] / seconds
+        tests = list(batch_rows(rows, tokenizer, 32))
+        logits = {name: np.concatenate([run(batch) for batch in tests]) for name, run in found.items()}
+    truth = np.array(labels)
+    for name, values in logits.items():
+        table[name]["logits MSE"] = float(np.square(values - logits["torch fp32"]).mean())
+        table[name]["accuracy"] = float((values.argmax(1) == truth).mean())
+    print("| | " + " | ".join(table["torch fp32"]) + " |\n" + "|---" * 7 + "|")
+    for name, row in table.items():
+        print(f"| {name} | " + " | ".join(f"{value:.4g}" for value in row.values()) + " |")
+    about = {"versions": {**versions(), "onnxruntime": onnxruntime.__version__}, "threads": given.threads}
+    given.out.write_text(json.dumps({**about, "rows": table}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
