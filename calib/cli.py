@@ -26,6 +26,7 @@ from calib import cli_data
 from calib.errors import CalibError, DataError, Interrupted, ModelError, NumericsError, OutputError
 from calib.options import RecipeOptions, one_of, with_recipe_options
 from calib.recipe import METHODS, SCHEMES
+from calib.report import HTML
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTERRUPTED = Interrupted.exit_code
@@ -75,6 +76,9 @@ def quantize(
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
     max_memory: MaxMemory = None,
     auto_seconds: Annotated[float, typer.Option(min=0, help="For the trials of method auto; 0: none.")] = 600,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html and report.json beside it.")
+    ] = (True),
     threads: Threads = None,
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -103,6 +107,7 @@ def quantize(
             dtype=_dtype(dtype),
             max_memory=None if max_memory is None else parse_size(max_memory),
             auto_seconds=auto_seconds,
+            report=report,
             progress=not quiet,
             **recipe.arguments(model),
         )
@@ -284,6 +289,7 @@ def _text(result: calib.Result) -> str:
     lines.append("largest block errors: " + ", ".join(f"{name} {error:.2%}" for name, error in worst))
     if result.out is not None:
         lines.append(f"written to {result.out}, format {report['format']}")
+        lines += [f"report: {result.out / HTML}"] if (result.out / HTML).is_file() else []
     if "verify" in report:
         lines.append(str(calib.VerifyReport(**report["verify"])))
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items())
