@@ -18,6 +18,7 @@ from calib.errors import (
 from calib.export import hf as _hf
 from calib.export.load import load, load_tokenizer
 from calib.export.verify import VerifyReport, verify
+from calib.inspection import inspect
 from calib.quantize import Result, cost, plan, quantize  # `calib.quantize` is the function, not its module
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "VerifyError",
     "VerifyReport",
     "cost",
+    "inspect",
     "load",
     "load_tokenizer",
     "plan",

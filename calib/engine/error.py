@@ -29,7 +29,8 @@ def _behind_transform(module: nn.Module, rows: Tensor) -> Tensor:
     if isinstance(module, LowRankLinear):
         return torch.as_tensor(module.up(_behind_transform(module.down, rows)))
     if not isinstance(module, QuantLinear):
-        return torch.as_tensor(module(rows.to(module.weight.dtype)))  # a float factor
+        assert isinstance(module, nn.Linear)  # a float factor
+        return torch.as_tensor(module(rows.to(module.weight.dtype)))
     bias = None if module.bias is None else module.bias.to(rows.dtype)
     y = F.linear(module.input.on_grid(rows), module.dequantize().to(rows.dtype), bias)
     return y if module.side is None else y + module.side(rows)

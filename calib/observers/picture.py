@@ -1,4 +1,4 @@
-"""What a reader is shown of one site: the magnitudes of a few tokens, the extremes of all, in a few kilobytes of JSON."""
+"""What a reader is shown of one site: the magnitudes of a few tokens, the extremes of all, in kilobytes of JSON."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def outliers(lo: Tensor, hi: Tensor, first: float, rest: Tensor) -> dict[str, An
 
 
 def picture(rows: Tensor, lo: Tensor, hi: Tensor, shift: Tensor | None = None) -> dict[str, Any]:
-    """A site as it is: rows [t, n] in the order of the text, extremes [n] over all tokens, the shift [n] it will get."""
+    """A site as it is: rows [t, n] in the order of the text, extremes [n] over all tokens, the shift [n] to come."""
     top = float(rows.abs().amax())
     return {
         "channels": len(lo),

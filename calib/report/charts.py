@@ -17,14 +17,13 @@ Site = Mapping[str, Any]
 def ranges(picture: Site) -> str:
     """Extremes of each column of channels, before with the shift drawn in, and after."""
     after = picture.get("after")
-    panels = [_extremes(picture, 26, 140, "before: smallest to largest value", "before")]
+    panels = [_extremes(picture, 22, 136, "before: smallest to largest value", "before")]
     if after is not None:
-        panels.append(_extremes(after, 176, 290, "after shift, scale and rotation", "after"))
-    bottom = panels[-1].box[3]
+        panels.append(_extremes(after, 184, 298, "after shift, scale and rotation", "after"))
     note = f"{_columns(picture)} Each panel has its own scale." if after is not None else _columns(picture)
     if "shift" in picture:
         note += " Violet: the shift, the middle of the column's largest channel, that is subtracted."
-    return figure(panels, bottom + 42, "Range of each channel", note)
+    return figure(panels, panels[-1].box[3] + 24, "Range of each channel", note)
 
 
 def _extremes(part: Site, top: float, bottom: float, heading: str, colour: str) -> Panel:
@@ -47,7 +46,7 @@ def maps(picture: Site) -> str:
     """Magnitude by channel and token, before and after, on one scale of colours."""
     tokens, after = picture["tokens"], picture.get("after")
     columns = len(picture["lo"])
-    panels, top = [], 26
+    panels, top = [], 22
     for part, heading in ((picture, "before"), (after, "after, same colours")):
         if part is None:
             continue
@@ -58,11 +57,11 @@ def maps(picture: Site) -> str:
         for mark in marks:
             panel.text(LEFT - 5, panel.y(mark) + 4, str(int(mark)), "end")
         panels.append(panel)
-        top += 142
-    bar = Panel((LEFT + 40, top - 8, RIGHT - 40, top + 2), (0, 1), (0, 1))
+        top += 148
+    bar = Panel((LEFT, top - 14, RIGHT, top - 4), (0, 1), (0, 1))
     colour_bar(bar, number(picture["top"] / DEPTH), number(picture["top"]), "|x|, logarithmic")
     note = f"The first {tokens} tokens of the data, in order; token 0 begins a window. {_columns(picture)}"
-    return figure([*panels, bar], top + 24, "Magnitude by channel and token", note)
+    return figure([*panels, bar], top + 16, "Magnitude by channel and token", note)
 
 
 def _columns(picture: Site) -> str:
@@ -94,7 +93,7 @@ def loss_curve(site: Site) -> str:
         said.append(f"- - unscaled: {number(plain)}")
     panel.text(10, 14, "   ".join(said), "start", "heading")
     note = "Squared error of the outputs for each threshold tried; channels beyond it are scaled down to it."
-    return figure([panel], 210, "Search of the threshold", note)
+    return figure([panel], 206, "Search of the threshold", note)
 
 
 def profile(series: Mapping[str, Sequence[tuple[int, float]]], title: str, ylabel: str, note: str = "") -> str:
@@ -111,6 +110,21 @@ def profile(series: Mapping[str, Sequence[tuple[int, float]]], title: str, ylabe
         for point in points:
             panel.dot(*point, name, 2.2)
     return figure([panel], 178, title, note)
+
+
+def columns(values: Sequence[tuple[float, Sequence[float] | None]], title: str, ylabel: str, note: str = "") -> str:
+    """A bar up or down for each block, and its interval as a whisker."""
+    ends = [end for value, ci95 in values for end in (value, *(ci95 or ()))]
+    low, high = min(0.0, *ends), max(0.0, *ends)
+    spread = (high - low) or 1.0
+    panel = Panel((LEFT, 14, RIGHT, 160), (-0.6, len(values) - 0.4), (low - 0.04 * spread, high + 0.04 * spread))
+    step = max(1, -(-len(values) // 6))
+    panel.axes("block", ylabel, xticks=list(range(0, len(values), step)))
+    for i, (value, ci95) in enumerate(values):
+        panel.bar(i - 0.35, i + 0.35, 0.0, value, "before")
+        if ci95 is not None:
+            panel.line([(i, ci95[0]), (i, ci95[1])], "whisker")
+    return figure([panel], 198, title, note)
 
 
 def bars(rows: Sequence[tuple[str, float, str]], title: str, xlabel: str, note: str = "", colour: str = "after") -> str:
@@ -148,9 +162,9 @@ def matrix(rows: Mapping[str, Mapping[int, float]], blocks: int, title: str, uni
     for i in range(0, blocks, step):
         panel.text(panel.x(i + 0.5), bottom + 14, str(i), "middle")
     panel.text((left + RIGHT) / 2, bottom + 30, "block", "middle", "label")
-    bar = Panel((left + 30, bottom + 44, RIGHT - 30, bottom + 54), (0, 1), (0, 1))
+    bar = Panel((left, bottom + 44, RIGHT, bottom + 54), (0, 1), (0, 1))
     colour_bar(bar, number(high), number(low), unit)
-    return figure([panel, bar], bottom + 76, title, note)
+    return figure([panel, bar], bottom + 90, title, note)
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import datetime
 import math
 import os
 import platform
-import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,9 +52,6 @@ def record(
         }
         for e in plan.entries.values()
     ]
-    sites = [
-        {"name": name, "block": block_of.get(_block(name, blocks)), **site} for name, site in report["sites"].items()
-    ]
     quantized = about["float_bytes"] - sum(
         e.shape[0] * e.shape[1] * (about["float_bits"] - e.bits) / 8
         for e in plan.entries.values()
@@ -63,11 +60,7 @@ def record(
     speed = list(report.get("speed", {}).values())
     return clean(
         {
-            "schema": SCHEMA,
-            "kind": "quantize",
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": command(),
-            "model": {key: about[key] for key in ("name", "class", "parameters", "files")},
+            **_head("quantize", about, data, seconds, versions),
             "scheme": recipe["scheme"]["name"],
             "methods": list(recipe["methods"]),
             "recipe": dict(recipe),
@@ -77,7 +70,7 @@ def record(
             "quality": report.get("quality"),
             "blocks": [{"name": name, "error": report["block_error"].get(name)} for name in blocks],
             "linears": linears,
-            "sites": sites,
+            "sites": _sites(report["sites"], blocks),
             "pictures": {name: pictures[name] for name in chosen(report["sites"], blocks) if name in pictures},
             "size": {
                 "float_bytes": about["float_bytes"],
@@ -89,37 +82,84 @@ def record(
                 "quantized_seconds": sum(pair[1] for pair in speed) if speed else None,
                 "threads": torch.get_num_threads(),
             },
-            "seconds": dict(seconds),
             "peak_rss_mib": peak_rss_mib,
-            "data": dict(data),
             "plan": plan.summary(),
             "auto": report.get("auto"),
             "verify": report.get("verify"),
-            "versions": {**versions, "python": platform.python_version()},
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "sha256": dict(sha256 or {}),
         }
     )
 
 
+def inspected(
+    *,
+    about: Mapping[str, Any],
+    plan: Plan,
+    sites: Mapping[str, Any],
+    pictures: Mapping[str, Any],
+    sensitivity: Mapping[str, Any] | None,
+    seconds: Mapping[str, float],
+    data: Mapping[str, Any],
+    seed: int,
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """The report of ``calib inspect``: of a float model; sites as in ``record``, without what quantizing adds."""
+    blocks = plan.block_names()
+    return clean(
+        {
+            **_head("inspect", about, data, seconds, versions),
+            "seed": seed,
+            "blocks": [{"name": name} for name in blocks],
+            "sites": _sites(sites, blocks),
+            "pictures": {name: pictures[name] for name in chosen(sites, blocks)},
+            "sensitivity": sensitivity,
+            "plan": plan.summary(),
+        }
+    )
+
+
+def _head(
+    kind: str,
+    about: Mapping[str, Any],
+    data: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """What every report begins with."""
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command(),
+        "model": {key: about[key] for key in ("name", "class", "parameters", "files")},
+        "data": dict(data),
+        "seconds": dict(seconds),
+        "versions": {**versions, "python": platform.python_version()},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _sites(sites: Mapping[str, Mapping[str, Any]], blocks: Sequence[str]) -> list[dict[str, Any]]:
+    number = {name: i for i, name in enumerate(blocks)}
+    return [{"name": name, "block": number.get(_block(name, blocks)), **site} for name, site in sites.items()]
+
+
 def command() -> str:
     """The command that this process was started with."""
-    import shlex
-
     program = Path(sys.argv[0]).name
     return shlex.join(["calib" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 def chosen(sites: Mapping[str, Mapping[str, Any]], blocks: Sequence[str], most: int = PICTURES) -> list[str]:
-    """The sites whose outliers tell most, at most two of a kind, in the model's order."""
+    """The sites whose outliers tell most, at most two of a kind, the strongest first."""
     left: dict[str, int] = {}
-    found = []
+    found = list[str]()
     for name in sorted(sites, key=lambda name: -strength(sites[name])):
         kind = local(name, blocks)
         if left.get(kind, 0) < OF_A_KIND and len(found) < most:
             left[kind] = left.get(kind, 0) + 1
             found.append(name)
-    return [name for name in sites if name in found]
+    return found
 
 
 def strength(site: Mapping[str, Any]) -> float:
@@ -134,7 +174,7 @@ def local(name: str, blocks: Sequence[str]) -> str:
 
 def _block(name: str, blocks: Sequence[str]) -> str:
     """The block that a linear or site lies in; empty outside."""
-    parts = re.split(r"\.", name)
+    parts = name.split(".")
     known = set(blocks)
     return next((head for i in range(len(parts), 0, -1) if (head := ".".join(parts[:i])) in known), "")
 

@@ -28,14 +28,14 @@ li { max-width: 100ch }
 .note { font-size: .82rem; line-height: 1.4; margin: 4px 0 0 }
 .tiles, .grid-of { display: grid; gap: 12px; align-items: start }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(min(100%, 220px), 1fr)); margin: 16px 0; align-items: stretch }
-.grid-of { grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); max-width: 1240px }
+.grid-of { grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); max-width: 1240px }
 .tile, figure, pre { background: var(--card); border-radius: 8px; padding: 12px 14px }
 .tile b { display: block; font-size: 1.35rem; line-height: 1.3 }
 .tile span { color: var(--soft); font-size: .85rem; display: block; line-height: 1.4 }
 figure { margin: 0; max-width: 560px }
 figcaption { font-weight: 600; font-size: .92rem; margin: 0 0 6px }
 svg { display: block; width: 100%; height: auto }
-svg text { font-size: 12px; fill: var(--soft); font-family: inherit }
+svg text { font-size: 12.5px; fill: var(--soft); font-family: inherit }
 svg .label, svg .heading, svg .name { fill: var(--ink) }
 image { image-rendering: pixelated }
 svg .grid, svg .tick, svg .axis { stroke: var(--edge); fill: none }
@@ -45,9 +45,12 @@ svg .line { fill: none; stroke-width: 1.8 }
 .line.before { stroke: var(--before); fill: none }
 .line.after { stroke: var(--after); fill: none }
 .line.shift { stroke: var(--shift); stroke-width: 2 }
+.line.whisker { stroke: var(--soft); stroke-width: 1 }
 .dashed { stroke-dasharray: 5 4 }
 .ring { fill: none; stroke: var(--mark); stroke-width: 2.2 }
-i.before, i.after, i.shift { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 .5em }
+i.before, i.after, i.shift {
+  display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 .5em;
+}
 i.before { background: var(--before) }
 i.after { background: var(--after) }
 i.shift { background: var(--shift) }
@@ -65,6 +68,5 @@ dd { margin: 0 }
 @media (max-width: 520px) {
   dl { grid-template-columns: 1fr }
   dd { margin: 0 0 6px }
-  svg text { font-size: 13px }
 }
 """

@@ -116,7 +116,7 @@ def colour_bar(panel: Panel, low: str, high: str, label: str) -> None:
     panel.pixels(bytes(range(256)), 256)
     panel.text(left, bottom + 14, low, "start")
     panel.text(right, bottom + 14, high, "end")
-    panel.text((left + right) / 2, bottom + 14, label, "middle", "label")
+    panel.text((left + right) / 2, bottom + (14 if len(label) < 20 else 30), label, "middle", "label")
 
 
 def png(values: bytes, columns: int) -> str:
