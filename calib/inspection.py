@@ -77,7 +77,7 @@ def inspect(
 
 
 class Watch:
-    """One pass over the blocks. ``sites``, ``pictures``: by full name; ``ranges``: each linear's input, (lo, hi) [n]."""
+    """A pass over the blocks. ``sites``, ``pictures``: by full name; ``ranges``: (lo, hi) [n] of each linear's input."""
 
     def __init__(self, model: nn.Module, plan: Plan, recipe: Recipe, store: Resident, progress: bool) -> None:
         self.model, self.plan, self.recipe, self.store, self.progress = model, plan, recipe, store, progress

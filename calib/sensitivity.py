@@ -29,7 +29,7 @@ from calib.solvers import allocate, quantize_input, rounded
 ROWS, LENGTH = 4, 128  # that each change is measured on
 ERROR_ROWS = 256  # rows of an input that a format's error is measured on
 FORMATS = ("w2a16", "w3a16", "w4a16", "w4a8", "w6a6", "w8a8")  # whose weight formats are proposed
-FLOAT = "float"
+FLOAT, FLOAT_BITS = "float", 32.0
 
 
 class Sensitivity:
@@ -178,33 +178,28 @@ class Sensitivity:
             return None
         floor = 0.01 * max(added.values())  # what one measurement of a few rows cannot tell from nothing
         cost, size, formats = list[list[float]](), list[list[float]](), [*FORMATS, FLOAT]
-        counts = [e.shape[0] * e.shape[1] for e in entries]
-        for e, n in zip(entries, counts, strict=True):
-            known = errors[e.name]  # a format that does not fit stands for float
+        for e in entries:
+            known, weights = errors[e.name], e.shape[0] * e.shape[1]  # a format that does not fit stands for float
             unit = max(added[e.name], floor) / max(known[""], 1e-30)
+            bits = [SCHEMES[f].weights.bits_per_weight(e.shape) if f in known else FLOAT_BITS for f in FORMATS]
             cost.append([unit * known[f] if f in known else 0.0 for f in formats])
-            bits = [SCHEMES[f].weights.bits_per_weight(e.shape) if f in known else 32.0 for f in FORMATS]
-            size.append([n * each / 8 for each in (*bits, 32.0)])
-                [n * SCHEMES[f].weights.bits_per_weight(e.shape) / 8 if f in known else 4.0 * n for f in formats]
-            )
+            size.append([weights * each / 8 for each in (*bits, FLOAT_BITS)])
         owners = {id(p): p for p in self.model.parameters()}.values()
-        outside = sum(p.numel() * p.element_size() for p in owners) - 4.0 * sum(counts)
-        uniform = sum(n * e.bits / 8 for e, n in zip(entries, counts, strict=True))
-        budget = uniform if max_size is None else max_size - outside
-        picks = allocate(cost, size, budget)
+        outside = sum(p.numel() * p.element_size() for p in owners) - sum(row[-1] for row in size)
+        uniform = sum(e.shape[0] * e.shape[1] * e.bits / 8 for e in entries)
+        picks = allocate(cost, size, uniform if max_size is None else max_size - outside)
         chosen = {}
         for e, k in zip(entries, picks, strict=True):
             chosen[e.name] = formats[k] if formats[k] in errors[e.name] else FLOAT
-        scheme = self._scheme(chosen)
-        bytes_ = sum(row[k] for row, k in zip(size, picks, strict=True))
+        takes, costs = (sum(row[k] for row, k in zip(rows, picks, strict=True)) for rows in (size, cost))
+        sizes = [f"{(part + outside) / 2**20:.4g} MiB" for part in (takes, uniform)]
         return {
-            "text": f"{_counted(chosen)}: {(bytes_ + outside) / 2**20:.4g} MiB, and an added loss of about "
-            f"{sum(row[k] for row, k in zip(cost, picks, strict=True)):.4f} if the costs of single linears add up, against "
-            f"{(uniform + outside) / 2**20:.4g} MiB and {sum(added[e.name] for e in entries):.4f} for "
-            f"{self.scheme.name} everywhere.",
+            "text": f"{_counted(chosen)}: {sizes[0]}, and an added loss of about {costs:.4f} if the costs of single "
+            f"linears add up, against {sizes[1]} and {sum(added[e.name] for e in entries):.4f} for {self.scheme.name} "
+            "everywhere, in round to nearest.",
             "formats": chosen,
-            "bytes": round(bytes_ + outside),
-            "scheme": scheme.model_dump(mode="json"),
+            "bytes": round(takes + outside),
+            "scheme": self._scheme(chosen).model_dump(mode="json"),
         }
 
     def _scheme(self, chosen: Mapping[str, str]) -> Scheme:

@@ -86,7 +86,7 @@ def _story(sites: Sites) -> str:
     kinds = [s["outliers"]["kind"] for s in sites.values()]
     channels, firsts = (sum(k in (kind, "both") for k in kinds) for kind in ("channels", "first token"))
     told = [
-        f"{channels} of the {len(kinds)} inputs of linears have outlier channels (16 times the median channel or more), "
+        f"{channels} of the {len(kinds)} inputs of linears have outlier channels (16 times the median channel or more) "
         f"and {firsts} a first token at least 16 times larger than all others."
         if channels or firsts
         else f"No channel and no first token of the {len(kinds)} inputs of linears is 16 times larger than the rest.",
