@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calib import prepare
-from calib.data import Like, TokenData
+from calib.data import Like, TokenData, sequence_limit
 from calib.export import checkpoint
 from calib.model import BlockInputs, Plan, Resident, Site, capture, make_plan, observing, small_batch
 from calib.model.plan import planned_fold
@@ -25,7 +25,7 @@ from calib.recipe import scheme as make_scheme
 from calib.report.record import inspected
 from calib.sensitivity import Sensitivity
 
-PLAN_TOKENS = 64
+PLAN_TOKENS, TOKENS_A_WINDOW = 64, 256
 
 
 def inspect(
@@ -51,10 +51,11 @@ def inspect(
     """
     start = time.perf_counter()
     scheme = make_scheme("w8a8-static" if sensitivity is None else sensitivity)
-    recipe = make_recipe(scheme, "os+", samples=samples, batch_size=batch_size, seed=seed, seq_len=seq_len)
-    if seq_len is None:
-        recipe = recipe.model_copy(update={"seq_len": 256})  # not as asked for: a model's limit may shorten it
     network, tokenizer, store, _ = prepare.load_model(model, tokenizer, torch.float32, progress, streamed=True)
+    if seq_len is None:
+        config = getattr(network, "config", None)
+        seq_len = min(TOKENS_A_WINDOW, (config and sequence_limit(config, tokenizer)) or TOKENS_A_WINDOW)
+    recipe = make_recipe(scheme, "os+", samples=samples, batch_size=batch_size, seed=seed, seq_len=seq_len)
     tokens = prepare.calibration_tokens(network, tokenizer, data, recipe, progress)
     plan = make_plan(network, recipe, small_batch(tokens.batches, tokens=PLAN_TOKENS), store)
     found = Watch(network, plan, recipe, store, progress)
@@ -77,7 +78,7 @@ def inspect(
 
 
 class Watch:
-    """A pass over the blocks. ``sites``, ``pictures``: by full name; ``ranges``: (lo, hi) [n] of each linear's input."""
+    """A pass over the blocks: ``sites`` and ``pictures`` by full name; ``ranges``, (lo, hi) [n] of each linear."""
 
     def __init__(self, model: nn.Module, plan: Plan, recipe: Recipe, store: Resident, progress: bool) -> None:
         self.model, self.plan, self.recipe, self.store, self.progress = model, plan, recipe, store, progress
