@@ -116,6 +116,7 @@ def quantize(
             {
                 "out": None if result.out is None else str(result.out),
                 "plan": {key: summary[key] for key in ("transformed", "quantized", "excluded")},
+                "quality": result.report.get("quality"),
                 "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
                 "peak_rss_mib": _peak_rss_mib(),
             }
@@ -317,6 +318,16 @@ def _text(result: calib.Result) -> str:
         by_reason.setdefault(reason, []).append(name)
     lines += [f"left in float, {reason}: {', '.join(names)}" for reason, names in by_reason.items()]
     lines += result.plan.notes
+    if (quality := report.get("quality")) is not None:
+        rows = f"{quality['rows']} {'held-out' if quality['held_out'] else 'calibration'} rows"
+        interval = "" if quality["ci95"] is None else f" (95 %: {quality['ci95'][0]:.4g} to {quality['ci95'][1]:.4g})"
+        if quality["metric"] == "perplexity":
+            change = f"{quality['float']:.4g} -> {quality['quantized']:.4g}, x {quality['ratio']:.4g}{interval}"
+        else:
+            change = f"{quality['quantized']:.3g}{interval}"
+        lines.append(f"{quality['metric']} on {rows}: {change}")
+    lowest = sorted(report.get("linears", {}).items(), key=lambda item: item[1])[:3]
+    lines += [f"lowest SQNR: {', '.join(f'{name} {db:.1f} dB' for name, db in lowest)}"] if lowest else []
     worst = sorted(report["block_error"].items(), key=lambda item: -item[1])[:3]
     lines.append("largest block errors: " + ", ".join(f"{name} {error:.2%}" for name, error in worst))
     if result.out is not None:

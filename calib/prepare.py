@@ -147,7 +147,9 @@ def calibration_tokens(
     return calibration_data(data, tokenizer, **arguments)
 
 
-def held_out(model: nn.Module, tokenizer: Any, data: Any, recipe: Recipe, tokens: TokenData) -> Held:
+def held_out(
+    model: nn.Module, plan: Plan, store: Resident, tokenizer: Any, data: Any, recipe: Recipe, tokens: TokenData
+) -> Held:
     """The float model's answers on a few rows, drawn once more from the data where that can be, beside ``tokens``."""
     again = None
     local = data is None or isinstance(data, (list, os.PathLike)) or (isinstance(data, str) and is_path(data))
@@ -156,7 +158,7 @@ def held_out(model: nn.Module, tokenizer: Any, data: Any, recipe: Recipe, tokens
         again = {"data": data, "tokenizer": tokenizer, **arguments}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are few rows has been said
-        return Held(model, *held_rows(tokens, again))
+        return Held(model, plan.stacks, store, *held_rows(tokens, again))
 
 
 def _data_arguments(model: nn.Module, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def quantize(
             check_out(out, overwrite=overwrite, needed_bytes=prepare.stored_bytes(network, plan))
         measured = report and ranks.rank() == 0 and training is None
         about = prepare.about_model(model, network, dtype) if report else {}
-        held = prepare.held_out(network, tokenizer, data, recipe, tokens) if measured else None
+        held = prepare.held_out(network, plan, store, tokenizer, data, recipe, tokens) if measured else None
         prefix = _prefix(network, plan, recipe, tokens, tokenizer)
         if recipe.scheme.attention is not None or recipe.scheme.kv is not None:
             route_attention(network)

@@ -82,7 +82,8 @@ def test_the_main_job_end_to_end(tiny: Path, text: Path, tmp_path: Path, capsys:
     out = tmp_path / "out"
     assert quantize(tiny, out, "--scheme", "w8a8", "--data", str(text), "--json", "--quiet") == 0
     result = last_json(capsys.readouterr().out)
-    assert set(result) == {"out", "plan", "seconds", "peak_rss_mib"}
+    assert set(result) == {"out", "plan", "quality", "seconds", "peak_rss_mib"}
+    assert result["quality"]["ratio"] == pytest.approx(1, abs=0.1)
     assert set(result["plan"]) == {"transformed", "quantized", "excluded"}
     assert result["plan"]["quantized"] == 14 and list(result["plan"]["excluded"]) == ["lm_head"]
     assert result["out"] == str(out) and result["seconds"]["total"] > 0 and result["peak_rss_mib"] > 0

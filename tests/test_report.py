@@ -25,7 +25,8 @@ from calib import cli
 from calib.data import calibration_data
 from calib.engine.error import sqnr
 from calib.errors import InputError
-from calib.evaluate.held import Held, held_rows, single_rows
+from calib.evaluate.held import Held, held_rows, next_token_loss, single_rows
+from calib.model import Resident, find_stacks
 from calib.nn import ActivationQuantizer, QuantLinear
 from calib.observers.picture import BINS, DEPTH, TOKENS, extremes, levels, outliers, picture
 from calib.quantizers import AffineSpec
@@ -223,13 +224,41 @@ def test_quality_of_a_model_against_itself() -> None:
     for name in ("llama", "bert"):
         rows = [row for batch in batches(name, 2) for row in single_rows(batch)]
         model = build(name)
-        found = Held(model, rows, True).quality(model)
+        stacks = find_stacks(model, rows[0])
+        found = Held(model, stacks, Resident(), rows, True).quality(model)
         assert found["quantized"] == found["float"]
         if name == "llama":
             assert found["ratio"] == 1 and found["top1"] == 1
             out = model(**rows[0]).logits
             loss = torch.nn.functional.cross_entropy(out[0, :-1], rows[0]["input_ids"][0, 1:])
-            assert Held(model, rows[:1], True).quality(model)["float"] == pytest.approx(math.exp(loss), rel=1e-5)
+            assert Held(model, stacks, Resident(), rows[:1], True).quality(model)["float"] == pytest.approx(
+                math.exp(loss), rel=1e-5
+            )
+
+
+@pytest.mark.parametrize("prefix", ["none", (5,)])
+def test_quality_is_that_of_the_model_as_it_is_used(prefix: Any, tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "m")
+    data = batches("llama", 6)
+    rows = [row for batch in data for row in single_rows(batch)][12:16]
+    found = []
+    for out in (None, tmp_path / "out"):  # in memory, and streamed from its files
+        options = {"samples": 12, "prefix": prefix, "verified": False, "progress": False}
+        result = calib.quantize(tmp_path / "m", "w8a8-static", "rtn", data, out, **options)
+        losses = [next_token_loss(result.model(**row).logits, row) for row in rows]
+        quality = result.report["quality"]
+        assert quality["quantized"] == pytest.approx(math.exp(sum(losses) / 4), rel=1e-5)
+        found.append((quality["float"], quality["ratio"], quality["top1"], *quality["ci95"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_long_rows_are_judged_in_pieces() -> None:
+    model = build("bloom")
+    row = {"input_ids": torch.randint(3, 128, (1, 300)), "attention_mask": torch.ones(1, 300, dtype=torch.int64)}
+    row["attention_mask"][0, 257:] = 0
+    held = Held(model, find_stacks(model, row), Resident(), [row], True)
+    assert [part["input_ids"].shape[1] for part in held.rows] == [128, 128], "one real token has no next one"
+    assert held.quality(model)["tokens"] == 256
 
 
 def test_figures_hold_what_they_are_given() -> None:
@@ -277,7 +306,7 @@ def test_sensitivity_is_the_loss_that_one_linear_adds() -> None:
     assert len(found["linears"]) == 14 and len(found["blocks"]) == 2 and found["metric"] == "next-token loss"
     name = "model.layers.0.mlp.gate_proj"
     rows = [row for batch in data for row in single_rows(batch)][:4]
-    judge = Held(model, rows, False)
+    judge = Held(model, find_stacks(model, rows[0]), Resident(), rows, False)
     assert found["float_loss"] == pytest.approx(sum(judge.losses) / len(rows), rel=1e-6)
     linear = model.get_submodule(name)
     scheme = SCHEMES["w4a8"]

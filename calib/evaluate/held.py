@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 from calib.data import TokenData, calibration_data
-from calib.model import Batch, call_model
+from calib.model import Batch, Resident, Stack, call_model, capture, run_after
+from calib.nn import Prefix
 
-ROWS = 4  # that quality is measured on
+ROWS, LENGTH = 4, 128  # that quality is measured on; tokens whose logits are in memory at once
 SHINGLE = 16  # tokens in common that make two rows of running text overlap
 
 
@@ -37,48 +38,75 @@ class Judge:
         return float(sum(errors) / sum(want.square().sum() for want in self.wanted))
 
 
-class Held(Judge):
-    """A Judge that keeps what the float model said, for a comparison. held_out: none of the rows calibrates."""
+class Held:
+    """What the float model answers on rows of at most 128 tokens, kept for a comparison with the quantized model.
 
-    def __init__(self, float_model: nn.Module, rows: Sequence[Batch], held_out: bool) -> None:
-        super().__init__(float_model, rows)
-        self.held_out, self.losses, self._tops = held_out, list[float](), list[Tensor]()
-        for row in rows if self.predicts else ():
-            logits = output(float_model, row)
-            self.losses.append(next_token_loss(logits, row))
-            self._tops.append(logits[0].argmax(-1))
+    stacks, store: the model's blocks and where their weights are: all rows pass a block while it is held, and logits
+    are of one row at a time. held_out: none of the rows calibrates.
+    """
+
+    def __init__(
+        self, model: nn.Module, stacks: Sequence[Stack], store: Resident, rows: Sequence[Batch], held_out: bool
+    ) -> None:
+        self.stacks, self.store, self.held_out = stacks, store, held_out
+        config = getattr(model, "config", None)
+        generates = bool(getattr(model, "can_generate", lambda: False)())
+        self.predicts = generates and not getattr(config, "is_encoder_decoder", False)
+        self.rows = [part for row in rows for part in _parts(row)] if self.predicts else list(rows)
+        self.losses, self._tops, self._wanted = list[float](), list[Tensor](), list[Tensor]()
+        for row, out in zip(self.rows, self._answers(model), strict=True):
+            if self.predicts:
+                self.losses.append(next_token_loss(out, row))
+                self._tops.append(out[0].argmax(-1))
+            else:
+                self._wanted.append(out.clone())
+
+    def _answers(self, model: nn.Module) -> Iterator[Tensor]:
+        if len(self.stacks) != 1:
+            yield from (output(model, row) for row in self.rows)
+            return
+        (stack,) = self.stacks
+        prefix = getattr(model, "calib_prefix", None)
+        extra = {"past_key_values": prefix.stateless()} if isinstance(prefix, Prefix) else None
+        with torch.no_grad():
+            with self.store.keeping():
+                inputs = capture(model, stack, self.rows, extra)
+            for i, name in enumerate(stack.names):
+                with self.store.hold(name):
+                    for j, calls in enumerate(inputs.calls):
+                        inputs.hidden[j] = calls[i].run(model.get_submodule(name), inputs.hidden[j])
+            with self.store.keeping():
+                for j, row in enumerate(self.rows):
+                    yield _tensor(run_after(model, stack, row, inputs.hidden[j]))
 
     def quality(self, model: nn.Module) -> dict[str, Any]:
         """Before and after, for a reader, with a 95 % interval of the ratio (or error): the rows are independent draws,
         and their differences from float have Student's t distribution."""
-        losses, equal, seen = [], 0, 0
-        for i, row in enumerate(self.rows):
-            out = output(model, row)
+        found = []
+        equal = 0
+        for i, (row, out) in enumerate(zip(self.rows, self._answers(model), strict=True)):
             if self.predicts:
-                losses.append(next_token_loss(out, row))
-                real = row.get("attention_mask", torch.ones_like(row["input_ids"]))[0].bool()
-                equal += int((out[0].argmax(-1) == self._tops[i])[real].sum())
-                seen += int(real.sum())
+                found.append(next_token_loss(out, row))
+                equal += int((out[0].argmax(-1) == self._tops[i])[_real(row)[0]].sum())
             else:
-                want = self.wanted[i]
-                losses.append(float((out - want).square().sum() / want.square().sum().clamp(min=1e-30)))
-        about = {"held_out": self.held_out, "rows": len(self.rows), "tokens": sum(len(_ids(r)[0]) for r in self.rows)}
-        after = np.array(losses)
+                want = self._wanted[i]
+                found.append(float((out - want).square().sum() / want.square().sum().clamp(min=1e-30)))
+        after, tokens = np.array(found), sum(int(_real(row).sum()) for row in self.rows)
+        about: dict[str, Any] = {"held_out": self.held_out, "rows": len(self.rows), "tokens": tokens}
         if not self.predicts:
             low, high = _interval(after)
-            found = {"metric": "relative squared error of the output", "float": 0.0, "quantized": float(after.mean())}
-            return {**about, **found, "ci95": None if math.isnan(low) else [max(low, 0.0), high]}
+            about |= {"metric": "relative squared error of the output", "float": 0.0, "quantized": float(after.mean())}
+            return {**about, "ci95": None if math.isnan(low) else [max(low, 0.0), high]}
         before = np.array(self.losses)
         low, high = _interval(after - before)
-        ratio = _exp(float((after - before).mean()))
         return {
             **about,
             "metric": "perplexity",
             "float": _exp(float(before.mean())),
             "quantized": _exp(float(after.mean())),
-            "ratio": ratio,
+            "ratio": _exp(float((after - before).mean())),
             "ci95": None if math.isnan(low) else [_exp(low), _exp(high)],
-            "top1": equal / max(seen, 1),
+            "top1": equal / max(tokens, 1),
         }
 
 
@@ -118,14 +146,29 @@ def output(model: nn.Module, row: Batch) -> Tensor:
     """Logits where the model has any, else its last hidden state."""
     with torch.no_grad():
         out = call_model(model, row)
+    return _tensor(out)
+
+
+def _tensor(out: Any) -> Tensor:
     tensor = out if isinstance(out, Tensor) else out[0]
     assert isinstance(tensor, Tensor)
     return tensor.float()
 
 
+def _parts(row: Batch) -> list[Batch]:
+    """A row in pieces of at most 128 tokens; pieces without two real tokens have no next one and are dropped."""
+    length = row["input_ids"].shape[1]
+    parts = [{k: v[:, i : i + LENGTH] for k, v in row.items()} for i in range(0, length, LENGTH)]
+    return [part for part in parts if int(_real(part).sum()) > 1]
+
+
+def _real(batch: Batch) -> Tensor:
+    """Which tokens are no padding, bool [B, T]."""
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+
+
 def _ids(batch: Batch) -> list[np.ndarray]:
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    return [ids[keep].numpy() for ids, keep in zip(batch["input_ids"], mask, strict=True)]
+    return [ids[keep].numpy() for ids, keep in zip(batch["input_ids"], _real(batch), strict=True)]
 
 
 def _shingles(ids: np.ndarray) -> set[bytes]:
