@@ -212,12 +212,12 @@ def test_rows_held_out_take_no_part_in_calibration(byte_tokenizer: Any) -> None:
     again = {"data": text, "tokenizer": byte_tokenizer, "samples": 16, "seq_len": 64, "seed": 1}
     tokens = calibration_data(text, byte_tokenizer, 32, 64, 0)
     rows, held = held_rows(tokens, again)
-    assert held and len(rows) == 4
+    assert held and 4 <= len(rows) < 16
     used = [ids.tolist() for batch in tokens for ids in batch["input_ids"]]
     assert not any(row["input_ids"][0].tolist() in used for row in rows)
     everything = calibration_data(text, byte_tokenizer, 10_000, 64, 0)
     rows, held = held_rows(everything, again)
-    assert not held and len(rows) == 4, "where all is calibrated on, the last rows judge, and it is said"
+    assert not held and len(rows) == 16, "where all is calibrated on, the last rows judge, and it is said"
 
 
 def test_quality_of_a_model_against_itself() -> None:

@@ -16,8 +16,8 @@ from calib.data import TokenData, calibration_data
 from calib.model import Batch, Resident, Stack, call_model, capture, run_after
 from calib.nn import Prefix
 
-ROWS, LENGTH = 4, 128  # that quality is measured on; tokens whose logits are in memory at once
-SHINGLE = 16  # tokens in common that make two rows of running text overlap
+TOKENS, LENGTH = 2048, 128  # that quality is measured on; whose logits are in memory at once
+ROWS, SHINGLE = 16, 16  # at most; tokens in common that make two rows of running text overlap
 
 
 class Judge:
@@ -111,7 +111,7 @@ class Held:
 
 
 def held_rows(tokens: TokenData, again: dict[str, Any] | None) -> tuple[list[Batch], bool]:
-    """At most four rows, one a batch, and whether they are held out of calibration.
+    """At most 16 rows of 2048 tokens together, one a batch, and whether they are held out of calibration.
 
     again: arguments of calibration_data for another draw from the same source, None where it cannot be drawn from
     twice. A row that repeats 16 tokens of the calibration data is not held out. Without such rows: the last ones of the
@@ -126,8 +126,14 @@ def held_rows(tokens: TokenData, again: dict[str, Any] | None) -> tuple[list[Bat
             if known.isdisjoint(_shingles(ids))
         ]
         if fresh:
-            return fresh[:ROWS], True
-    return [row for batch in tokens for row in single_rows(batch)][-ROWS:], False
+            return _few(fresh), True
+    return _few([row for batch in tokens for row in single_rows(batch)][::-1]), False
+
+
+def _few(rows: Sequence[Batch]) -> list[Batch]:
+    """The first rows, up to 16 of them or about 2048 tokens."""
+    ends = np.cumsum([int(_real(row).sum()) for row in rows])
+    return list(rows[: min(ROWS, int(np.searchsorted(ends, TOKENS)) + 1)])
 
 
 def single_rows(batch: Batch) -> list[Batch]:

@@ -143,7 +143,7 @@ def bars(rows: Sequence[tuple[str, float, str]], title: str, xlabel: str, note: 
     return figure([panel], bottom + 28, title, note)
 
 
-def matrix(rows: Mapping[str, Mapping[int, float]], blocks: int, title: str, unit: str, note: str = "") -> str:
+def matrix(rows: Mapping[str, Mapping[int, float]], blocks: int, title: str, unit: str) -> str:
     """A value for each kind of linear (row) and block (column), bright where it is small; black where there is none."""
     values = [v for row in rows.values() for v in row.values()]
     if not values or blocks < 2:
@@ -154,7 +154,7 @@ def matrix(rows: Mapping[str, Mapping[int, float]], blocks: int, title: str, uni
     top, bottom = 10, 10 + 20 * len(rows)
     panel = Panel((left, top, RIGHT, bottom), (0, blocks), (len(rows), 0))
     level = {name: [row.get(i) for i in range(blocks)] for name, row in rows.items()}
-    cells = bytes(0 if v is None else 25 + round(230 * (high - v) / spread) for row in level.values() for v in row)
+    cells = bytes(0 if v is None else 50 + round(205 * (high - v) / spread) for row in level.values() for v in row)
     panel.pixels(cells, blocks)
     for i, name in enumerate(rows):
         panel.text(left - 6, panel.y(i + 0.5) + 4, _clipped(name, 21), "end", "name")
@@ -162,8 +162,9 @@ def matrix(rows: Mapping[str, Mapping[int, float]], blocks: int, title: str, uni
     for i in range(0, blocks, step):
         panel.text(panel.x(i + 0.5), bottom + 14, str(i), "middle")
     panel.text((left + RIGHT) / 2, bottom + 30, "block", "middle", "label")
+    note = "Black: none." if None in (v for row in level.values() for v in row) else ""
     bar = Panel((left, bottom + 44, RIGHT, bottom + 54), (0, 1), (0, 1))
-    colour_bar(bar, number(high), number(low), unit)
+    colour_bar(bar, number(high), number(low), unit, start=50)
     return figure([panel, bar], bottom + 90, title, note)
 
 

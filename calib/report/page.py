@@ -86,8 +86,8 @@ def _story(sites: Sites) -> str:
     kinds = [s["outliers"]["kind"] for s in sites.values()]
     channels, firsts = (sum(k in (kind, "both") for k in kinds) for kind in ("channels", "first token"))
     told = [
-        f"{channels} of the {len(kinds)} inputs of linears have outlier channels (16 times the median channel or more) "
-        f"and {firsts} a first token at least 16 times larger than all others."
+        f"Of the {len(kinds)} inputs of linears {channels} have outlier channels (16 times the median one or more), "
+        f"and in {firsts} the first token is at least 16 times larger than all others."
         if channels or firsts
         else f"No channel and no first token of the {len(kinds)} inputs of linears is 16 times larger than the rest.",
         f"The most uneven is the input of {worst['name']}: it reaches {number(worst['absmax_before'])}, in channel "
@@ -151,13 +151,14 @@ def _errors(report: Report, blocks: Sequence[str]) -> str:
     scale = "SQNR, dB: the brighter, the noisier"
     figures = [
         charts.bars(rows, "The linears that lose most", "error of the output, %", "At each bar: its SQNR.", "before"),
-        charts.matrix(table, len(blocks), "SQNR of every linear", scale, "Black: not quantized."),
+        charts.matrix(table, len(blocks), "SQNR of every linear", scale),
         charts.profile({"after": errors}, "Error of the output of each block", "relative error"),
     ]
     return (
         "<h2>What rounding costs, layer by layer</h2><p>SQNR is the power of a linear's output over that of its error, "
-        "on the inputs that the quantized model before it produces: 20 dB is an error of 10 %, 40 dB of 1 %.</p>"
-        + _grid(figures)
+        "on the inputs that the quantized model before it produces: 20 dB is an error of 10 %, 40 dB of 1 %. Where "
+        "one massive token carries most of the power, an input can look good here and be ruined for every other token."
+        "</p>" + _grid(figures)
     )
 
 

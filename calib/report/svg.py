@@ -110,10 +110,10 @@ def figure(panels: Sequence[Panel], height: float, title: str, note: str = "") -
     )
 
 
-def colour_bar(panel: Panel, low: str, high: str, label: str) -> None:
-    """The palette from low to high, over the whole panel, with what it means."""
+def colour_bar(panel: Panel, low: str, high: str, label: str, start: int = 0) -> None:
+    """The palette from byte ``start`` (low) to 255 (high), over the whole panel, with what it means."""
     left, _, right, bottom = panel.box
-    panel.pixels(bytes(range(256)), 256)
+    panel.pixels(bytes(range(start, 256)), 256 - start)
     panel.text(left, bottom + 14, low, "start")
     panel.text(right, bottom + 14, high, "end")
     panel.text((left + right) / 2, bottom + (14 if len(label) < 20 else 30), label, "middle", "label")
