@@ -20,6 +20,7 @@ from calib.export import hf as _hf
 from calib.export.load import load, load_tokenizer
 from calib.export.targets import convert
 from calib.export.verify import VerifyReport, verify
+from calib.inspection import inspect
 from calib.quantize import Result, cost, plan, quantize  # `calib.quantize` is the function, not its module
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "VerifyReport",
     "convert",
     "cost",
+    "inspect",
     "load",
     "load_tokenizer",
     "plan",

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from calib import prepare
 from calib.errors import CalibError
+from calib.evaluate.held import Judge, single_rows
 from calib.export.files import write_json, writing
 from calib.export.hf import set_mode
-from calib.model import Batch, call_model
+from calib.model import Batch
 from calib.observers import ranks
 from calib.recipe import Scheme
 from calib.recipe import recipe as make_recipe
@@ -102,7 +102,7 @@ def choose(
         if begun - start + longest > seconds:
             break
         try:
-            loss: float | None = judge(attempt(candidate, taken))
+            loss: float | None = judge(set_mode(attempt(candidate, taken), "packed"))
             why = ""
             if not math.isfinite(loss or 0.0):
                 loss, why = None, "its held-out loss is not finite"
@@ -117,11 +117,7 @@ def choose(
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Rows held out, one a batch, and batches to calibrate on: every third row is held, in the order drawn."""
-    rows: list[Batch] = [
-        {key: value[i : i + 1] for key, value in batch.items()}
-        for batch in batches
-        for i in range(len(next(iter(batch.values()))))
-    ]
+    rows = [row for batch in batches for row in single_rows(batch)]
     held = rows[1::3][:HELD_ROWS]
     return held, together([row for i, row in enumerate(rows) if i % 3 != 1][:TRIAL_ROWS])
 
@@ -136,39 +132,6 @@ def together(rows: Sequence[Batch], most: int = 4) -> list[Batch]:
         else:
             groups.append([row])
     return [{key: torch.cat([row[key] for row in group]) for key in group[0]} for group in groups]
-
-
-class Judge:
-    """The loss of a model on rows held out; against the float model where there is no next token to predict."""
-
-    def __init__(self, float_model: nn.Module, rows: Sequence[Batch]) -> None:
-        self.rows = rows
-        config = getattr(float_model, "config", None)
-        generates = bool(getattr(float_model, "can_generate", lambda: False)())
-        self.predicts = generates and not getattr(config, "is_encoder_decoder", False)
-        self.wanted = [] if self.predicts else [_output(float_model, row) for row in rows]
-
-    def __call__(self, model: nn.Module) -> float:
-        set_mode(model, "packed")
-        if self.predicts:
-            return sum(self._next_token(_output(model, row), row) for row in self.rows) / len(self.rows)
-        errors = [(_output(model, row) - want).square().sum() for row, want in zip(self.rows, self.wanted, strict=True)]
-        return float(sum(errors) / sum(want.square().sum() for want in self.wanted))
-
-    @staticmethod
-    def _next_token(logits: Tensor, row: Batch) -> float:
-        ids, mask = row["input_ids"][0], row.get("attention_mask")
-        losses = F.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="none")
-        return float(losses.mean() if mask is None else losses[mask[0, 1:].bool()].mean())
-
-
-def _output(model: nn.Module, row: Batch) -> Tensor:
-    """Logits where the model has any, else its last hidden state."""
-    with torch.no_grad():
-        out = call_model(model, row)
-    tensor = out if isinstance(out, Tensor) else out[0]
-    assert isinstance(tensor, Tensor)
-    return tensor.float()
 
 
 class Memory:
@@ -242,7 +205,7 @@ def tried(
 
     def attempt(candidate: Candidate, batches: list[Batch]) -> nn.Module:
         few = {**common, **candidate.options, **options, "samples": rows, "refine": 0, "progress": False}
-        few["tokenizer"] = tokenizer
+        few |= {"tokenizer": tokenizer, "report": False}
         model: nn.Module = quantize(copy.deepcopy(network), scheme, candidate.method, batches, **few).network
         return model
 

@@ -6,27 +6,25 @@ A known failure is one line, ``error: cause; fix``, and the exit code of its cla
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors import SafetensorError
 
 import calib
-from calib import cli_data
-from calib.errors import CalibError, DataError, Interrupted, ModelError, NumericsError, OutputError
+from calib import cli_data, cli_eval, cli_guard, cli_inspect
+from calib.errors import CalibError, Interrupted, ModelError
 from calib.export.targets import WRITERS
 from calib.options import RecipeOptions, one_of, with_recipe_options
 from calib.recipe import METHODS, SCHEMES
+from calib.report import HTML
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTERRUPTED = Interrupted.exit_code
@@ -76,6 +74,9 @@ def quantize(
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
     max_memory: MaxMemory = None,
     auto_seconds: Annotated[float, typer.Option(min=0, help="For the trials of method auto; 0: none.")] = 600,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html and report.json beside it.")
+    ] = (True),
     threads: Threads = None,
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -90,7 +91,7 @@ def quantize(
     _set_up(threads, quiet)
     quiet = quiet or int(os.environ.get("RANK", "0")) > 0  # under torchrun the first process speaks
     as_json = as_json and not int(os.environ.get("RANK", "0"))
-    with _interruptible():
+    with cli_guard.interruptible():
         result = calib.quantize(
             model,
             data=data,
@@ -104,6 +105,7 @@ def quantize(
             dtype=_dtype(dtype),
             max_memory=None if max_memory is None else parse_size(max_memory),
             auto_seconds=auto_seconds,
+            report=report,
             progress=not quiet,
             **recipe.arguments(model),
         )
@@ -115,6 +117,7 @@ def quantize(
             {
                 "out": None if result.out is None else str(result.out),
                 "plan": {key: summary[key] for key in ("transformed", "quantized", "excluded")},
+                "quality": result.report.get("quality"),
                 "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
                 "peak_rss_mib": _peak_rss_mib(),
             }
@@ -165,59 +168,94 @@ def plan(
         _print_json({**found.summary(), "cost": cost.as_dict()})
 
 
+@app.command()
+def inspect(
+    model: Model,
+    data: Data = None,
+    html: Annotated[Path | None, typer.Option(help="Write the pictures to this file, one page.")] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Measure what each linear and block, alone, costs at --scheme.")
+    ] = False,
+    scheme: Annotated[str, typer.Option(help="For --sensitivity, as for quantize.")] = "w8a8-static",
+    max_size: Annotated[str | None, typer.Option(help="Propose formats for a checkpoint of this size, like 80MiB.")] = (
+        None
+    ),
+    scheme_out: Annotated[Path | None, typer.Option(help="Write them to this .json, for quantize --scheme.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows or sentences to look at.")] = 16,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens a window. Default: 256.")] = None,
+    batch_size: BatchSize = 4,
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a model's outliers, without quantizing it: which channels, which first tokens, what could absorb them.
+
+    calib inspect smollm2-135m --html out/outliers.html
+    """
+    _set_up(threads, quiet)
+    with cli_guard.interruptible():
+        report = cli_inspect.inspect(
+            model,
+            data,
+            html,
+            sensitivity,
+            scheme,
+            max_size,
+            scheme_out,
+            samples,
+            seq_len,
+            batch_size,
+            seed,
+            progress=not quiet,
+        )
+    if not quiet:
+        print(cli_inspect.text(report))
+    if as_json:
+        _print_json(report)
+
+
 @app.command(name="eval")
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help="Text file, or table of sentences and labels or of pairs and scores.")],
-    task: Annotated[str, typer.Option(help="perplexity, classification or similarity.")] = "perplexity",
-    windows: Annotated[int, typer.Option(min=1, help="Perplexity: windows from the start of the text.")] = 40,
+    task: Annotated[
+        str, typer.Option(help="perplexity, classification, similarity, or generation (like the float model's?).")
+    ] = "perplexity",
+    windows: Annotated[int, typer.Option(min=1, help="Perplexity: windows; generation: prompts.")] = 40,
     seq_len: SeqLen = 512,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Perplexity: windows so far apart, each for its last STRIDE tokens.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Generation: tokens written after half a window.")] = 32,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 4 windows or 32 sentences.")] = None,
-    reference: Annotated[str | None, typer.Option(help="A second model to compare with, e.g. the float one.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", "--reference", help="A second model, e.g. the float one: a paired test against it."),
+    ] = None,
     mode: Annotated[str, typer.Option(help="packed: integer kernels; fake: the same grids in floats.")] = "packed",
     threads: Threads = None,
     dtype: Dtype = "float32",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a model with its 95 % confidence interval."""
-    from calib.evaluate import Result, classification, perplexity, similarity
-    from calib.export.load import load_pair
+    """Measure a model with its 95 % confidence interval, and whether it differs from another.
 
+    calib eval out/small --data test.txt --against smollm2-135m
+    """
     _set_up(threads, quiet)
-    one_of("task", task, ("perplexity", "classification", "similarity"))
-    if not Path(data).exists():
-        raise DataError(f"there is no file {data}", "check --data")
-
-    def measure(name: str) -> Result:
-        network, tokenizer = load_pair(name, mode, _dtype(dtype), progress=not quiet)  # type: ignore[arg-type]
-        if tokenizer is None:
-            raise ModelError(f"{name} has no tokenizer", "save it beside the model with tokenizer.save_pretrained")
-        if task == "perplexity":
-            return perplexity(network, tokenizer, data, windows, seq_len, batch_size or 4, progress=not quiet)
-        kind = classification if task == "classification" else similarity
-        return kind(network, tokenizer, data, batch_size or 32, progress=not quiet)
-
-    result = measure(model)
-    answer: dict[str, Any] = result.as_dict()
-    if reference is not None:
-        other = measure(reference)
-        answer["reference"] = {"model": reference, "value": other.value, **_against(result, other)}
+    one_of("task", task, cli_eval.TASKS)
+    options: dict[str, Any] = {}
+    if task == "generation":
+        options = {"prompt_len": max(1, seq_len // 2), "new_tokens": new_tokens}
+    options |= {"seq_len": seq_len, "stride": stride} if task == "perplexity" else {}
+    answer = cli_eval.evaluate(
+        cli_eval.Measure(task, data, windows, batch_size, mode, _dtype(dtype), not quiet, options), model, against
+    )
     if not quiet or not as_json:
-        interval = f" (95 %: {result.ci95[0]:.4f} to {result.ci95[1]:.4f})" if result.ci95 else ""
-        print(f"{result.metric} {result.value:.4f}{interval}, n = {result.n}, {result.seconds:.1f} s")
-        if reference is not None:
-            print(", ".join(f"{k} {v if isinstance(v, str) else f'{v:.6g}'}" for k, v in answer["reference"].items()))
+        print(cli_eval.text(answer))
     if as_json:
         _print_json({**answer, "peak_rss_mib": _peak_rss_mib()})
-
-
-def _against(result: Any, other: Any) -> dict[str, float]:
-    compared = {"ratio": result.value / other.value} if other.value else {}
-    if result.outputs is not None and other.outputs is not None:
-        name = {"perplexity": "loss_mse", "classification": "logits_mse", "similarity": "cosine_mse"}[result.task]
-        compared[name] = float((result.outputs.double() - other.outputs.double()).square().mean())
-    return compared
 
 
 @app.command()
@@ -302,10 +340,21 @@ def _text(result: calib.Result) -> str:
         by_reason.setdefault(reason, []).append(name)
     lines += [f"left in float, {reason}: {', '.join(names)}" for reason, names in by_reason.items()]
     lines += result.plan.notes
+    if (quality := report.get("quality")) is not None:
+        rows = f"{quality['rows']} {'held-out' if quality['held_out'] else 'calibration'} rows"
+        interval = "" if quality["ci95"] is None else f" (95 %: {quality['ci95'][0]:.4g} to {quality['ci95'][1]:.4g})"
+        if quality["metric"] == "perplexity":
+            change = f"{quality['float']:.4g} -> {quality['quantized']:.4g}, x {quality['ratio']:.4g}{interval}"
+        else:
+            change = f"{quality['quantized']:.3g}{interval}"
+        lines.append(f"{quality['metric']} on {rows}: {change}")
+    lowest = sorted(report.get("linears", {}).items(), key=lambda item: item[1])[:3]
+    lines += [f"lowest SQNR: {', '.join(f'{name} {db:.1f} dB' for name, db in lowest)}"] if lowest else []
     worst = sorted(report["block_error"].items(), key=lambda item: -item[1])[:3]
     lines.append("largest block errors: " + ", ".join(f"{name} {error:.2%}" for name, error in worst))
     if result.out is not None:
         lines.append(f"written to {result.out}, format {report['format']}")
+        lines += [f"report: {result.out / HTML}"] if (result.out / HTML).is_file() else []
     if "verify" in report:
         lines.append(str(calib.VerifyReport(**report["verify"])))
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items())
@@ -336,58 +385,10 @@ def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
-@contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """One line a warning, without the source line that gave it."""
-
-    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        if issubclass(category, UserWarning):
-            print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C with what it says of how to go on; typer would lose it."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        raise Interrupted("interrupted", str(stop) or "nothing half-written was left as finished") from stop
-
-
-@contextlib.contextmanager
-def _known_causes() -> Iterator[None]:
-    """What libraries raise for causes that a user can act on, as one line."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise ModelError(f"a weight file is damaged ({error})", "download or export it again") from error
-    except json.JSONDecodeError as error:
-        raise ModelError(f"a config or manifest is not JSON ({error})", "download or export it again") from error
-    except MemoryError as error:
-        raise NumericsError("out of memory", "lower --batch-size, --samples or --seq-len") from error
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        where = f" {error.filename}" if error.filename else ""
-        fix = "free some space" if full else "check the path and its permissions"
-        raise OutputError(
-            f"{error.strerror or error}:{where}" if where else str(error.strerror or error), fix
-        ) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
-            raise NumericsError("out of memory", "lower --batch-size, --samples or --seq-len") from error
-        raise
-
-
 def run(argv: Sequence[str]) -> int:
     """Run one command; returns its exit code."""
     try:
-        with _plain_warnings(), _known_causes():
+        with cli_guard.plain_warnings(), cli_guard.known_causes():
             code = app(args=list(argv), prog_name="calib", standalone_mode=False)
         if code == INTERRUPTED:  # some versions of typer end Ctrl-C so
             raise KeyboardInterrupt

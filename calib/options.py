@@ -8,15 +8,17 @@ import inspect
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from calib.errors import InputError
 from calib.export.load import load_tokenizer
 from calib.export.targets import Format
 from calib.model.cost import parse_size
-from calib.recipe import FOLDS, METHODS, SCHEMES
+from calib.recipe import FOLDS, METHODS, SCHEMES, Scheme
 
 RANGES = ("minmax", "mse", "percentile")
 FORMATS = typing.get_args(Format)
@@ -34,7 +36,9 @@ def one_of(option: str, value: str, known: Sequence[str]) -> str:
 class RecipeOptions:
     """As typed. None: what the scheme's preset, or method auto, says."""
 
-    scheme: Annotated[str, Option(help=f"Number formats: {', '.join(SCHEMES)}.")] = "w8a8-static"
+    scheme: Annotated[
+        str, Option(help=f"Number formats: {', '.join(SCHEMES)}, or a .json that calib inspect --scheme-out wrote.")
+    ] = "w8a8-static"
     method: Annotated[
         str, Option(help=f"auto (tries the best known), or, comma separated, in order: {', '.join(METHODS)}.")
     ] = "auto"
@@ -109,7 +113,7 @@ class RecipeOptions:
         """Keyword arguments of calib.quantize and calib.plan; InputError where a word is unknown."""
         switch: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
         return {
-            "scheme": self.scheme,
+            "scheme": _scheme(self.scheme),
             "method": self.method,
             "format": one_of("format", self.format, FORMATS),
             "scheme_options": self._scheme_options(),
@@ -186,6 +190,20 @@ def _rule_and_scheme(text: str) -> tuple[str, str]:
         raise InputError(f"override {text!r} names no scheme", "write REGEX=SCHEME, e.g. layers.0.=w8a8")
     one_of("scheme in an override", name, tuple(SCHEMES))
     return rule, name
+
+
+def _scheme(text: str) -> str | Scheme:
+    """A preset's name as it is; a .json file as the Scheme that it holds."""
+    if not text.endswith(".json"):
+        return text
+    try:
+        return Scheme.model_validate_json(Path(text).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"scheme file {text} cannot be read ({error.strerror})", "check --scheme") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise InputError(f"{text} is no scheme: {where}: {first['msg']}", "use what calib inspect wrote") from error
 
 
 def _sites(text: str) -> tuple[str, ...] | None:

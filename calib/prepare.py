@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from calib.data import TokenData, calibration_data, generate_windows, sequence_limit
+from calib.data.read import is_path
 from calib.errors import InputError, ModelError, NumericsError, OutputError
+from calib.evaluate.held import Held, held_rows
 from calib.export import checkpoint
 from calib.export.load import read_config
 from calib.files import sha256
@@ -24,6 +27,7 @@ from calib.observers import ranks
 from calib.recipe import Recipe
 
 Model = str | os.PathLike[str] | nn.Module
+DRAWN = 16  # rows that those held out are chosen from
 
 
 def world_size() -> int:
@@ -99,6 +103,19 @@ def memory_budget(
     return refuse(estimated, max_memory).in_memory
 
 
+def about_model(model: Model, network: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    """What a report says of the float model; ``files``: the sha256 of each, where they are known."""
+    owners = {id(p): p for p in network.parameters()}.values()
+    return {
+        "name": type(model).__name__ if isinstance(model, nn.Module) else str(model),
+        "class": type(network).__name__,
+        "parameters": sum(p.numel() for p in owners),
+        "float_bytes": sum(p.numel() * p.element_size() for p in owners),
+        "float_bits": 8 * dtype.itemsize,
+        "files": {},
+    }
+
+
 def fingerprint(model: str | os.PathLike[str], recipe: Recipe, tokens: TokenData, dtype: torch.dtype) -> dict[str, Any]:
     """All that decides what a run writes."""
     from model_zoo import sources
@@ -123,6 +140,29 @@ def calibration_tokens(
     model: nn.Module, tokenizer: Any, data: Any, recipe: Recipe, progress: bool = False
 ) -> TokenData:
     """Windows of running text for generative models, padded sentences for encoders."""
+    arguments = _data_arguments(model, tokenizer, recipe)
+    if is_self(data):
+        count, length = recipe.samples, arguments["seq_len"]
+        data = generate_windows(model, tokenizer, count, length, recipe.seed, progress=progress)
+    return calibration_data(data, tokenizer, **arguments)
+
+
+def held_out(
+    model: nn.Module, plan: Plan, store: Resident, tokenizer: Any, data: Any, recipe: Recipe, tokens: TokenData
+) -> Held:
+    """The float model's answers on a few rows, drawn once more from the data where that can be, beside ``tokens``."""
+    again = None
+    local = data is None or isinstance(data, (list, os.PathLike)) or (isinstance(data, str) and is_path(data))
+    if local and not is_self(data):
+        arguments = _data_arguments(model, tokenizer, recipe) | {"samples": DRAWN, "seed": recipe.seed + 1}
+        again = {"data": data, "tokenizer": tokenizer, **arguments}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are few rows has been said
+        return Held(model, plan.stacks, store, *held_rows(tokens, again))
+
+
+def _data_arguments(model: nn.Module, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
+    """Of calibration_data, as the model and the recipe say."""
     config = getattr(model, "config", None)
     generative = bool(getattr(model, "can_generate", lambda: False)()) and not getattr(
         config, "is_encoder_decoder", False
@@ -133,19 +173,15 @@ def calibration_tokens(
         len(recipe.prefix) if isinstance(recipe.prefix, tuple) else int(recipe.prefix in ("auto", "on") and generative)
     )
     length = recipe.seq_len if asked or limit is None else min(recipe.seq_len, limit - room)
-    if is_self(data):
-        data = generate_windows(model, tokenizer, recipe.samples, length, recipe.seed, progress=progress)
-    return calibration_data(
-        data,
-        tokenizer,
-        recipe.samples,
-        length,
-        recipe.seed,
-        pack=generative,
-        batch_size=recipe.batch_size,
-        limit=limit,
-        vocabulary=_vocabulary(model),
-    )
+    return {
+        "samples": recipe.samples,
+        "seq_len": length,
+        "seed": recipe.seed,
+        "pack": generative,
+        "batch_size": recipe.batch_size,
+        "limit": limit,
+        "vocabulary": _vocabulary(model),
+    }
 
 
 def stored_bytes(model: nn.Module, plan: Plan) -> int:

@@ -53,6 +53,7 @@ def quantize(
     dtype: torch.dtype = torch.float32,
     max_memory: int | None = None,
     auto_seconds: float = auto.SECONDS,
+    report: bool = True,
     scheme_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> Result:
@@ -64,7 +65,8 @@ def quantize(
     folder, hub id, strings or token dicts, ``calib.data.like(target, pool)``, ``"self"`` for windows that the model
     writes; None uses text that needs no network. out: the folder to write; weights then come from the model's files a
     block at a time, finished blocks are journaled beside it, and the same call goes on where a killed one stopped.
-    max_memory: bytes that the process may take; hidden states that do not fit lie in a file. options: fields of
+    max_memory: bytes that the process may take; hidden states that do not fit lie in a file. report: measure a few
+    windows before and after, and write report.html and report.json into ``out``. options: fields of
     calib.recipe.Recipe (samples, seq_len, seed, sites, prefix, search, shift, scale, refine, inputs, float_rows,
     batch_size, damp; keep, max_size, select, rank, factors for low_rank; steps, lr, new_bases for basel).
 
@@ -105,13 +107,16 @@ def quantize(
         plan.notes += [tried.note] if tried is not None else []
         if out is not None:
             check_out(out, overwrite=overwrite, needed_bytes=prepare.stored_bytes(network, plan))
+        measured = report and ranks.rank() == 0 and training is None
+        about = prepare.about_model(model, network, dtype) if report else {}
+        held = prepare.held_out(network, plan, store, tokenizer, data, recipe, tokens) if measured else None
         prefix = _prefix(network, plan, recipe, tokens, tokenizer)
         if recipe.scheme.attention is not None or recipe.scheme.kv is not None:
             route_attention(network)
 
     if training is not None:
-        report = _trained(training, network, plan, model, tokens, dtype, out, seconds, progress)
-        result = Result(network, tokenizer, recipe, plan, report, seconds, tokens)
+        found = _trained(training, network, plan, model, tokens, dtype, out, seconds, progress)
+        result = Result(network, tokenizer, recipe, plan, found, seconds, tokens, about=about)
         seconds["total"] = time.perf_counter() - started
         if out is not None:
             result.save(out, format, overwrite=overwrite, verified=verified)
@@ -121,6 +126,7 @@ def quantize(
     journal, shards = None, None
     if out is not None and not isinstance(model, nn.Module):
         journal = open_journal(out, prepare.fingerprint(model, recipe, tokens, dtype), anew=overwrite)
+        about |= {"files": journal.fingerprint["model"]} if report else {}
         shards = Shards(checkpoint.require_transformers(network), plan.block_names())
         plan.notes += [f"resumed: {journal.resumed} of {len(shards.blocks)} blocks were finished"] * bool(
             journal.resumed
@@ -144,15 +150,21 @@ def quantize(
         network.calib_rewrites = plan.rewrites  # type: ignore[assignment]
         prepare.check_done(network, plan)
         plan.notes += outcome.notes
-        report = {
+        found = {
             "sites": outcome.sites,
             "block_error": outcome.blocks,
+            "linears": outcome.linears,
+            "speed": outcome.speed,
             "prefix": list(plan.prefix or ()),
             "notes": plan.notes,
             **({} if tried is None else {"auto": tried.trials}),
         }
+        if held is not None:
+            with _timed(seconds, "quality"):
+                found["quality"] = held.quality(network)
         seconds |= outcome.seconds | {"total": time.perf_counter() - started}
-        result = Result(network, tokenizer, recipe, plan, report, seconds, tokens, peak_rss_mib=peak_rss_mib())
+        result = Result(network, tokenizer, recipe, plan, found, seconds, tokens, peak_rss_mib=peak_rss_mib())
+        result.about, result.pictures = about, outcome.pictures
         if journal is not None and shards is not None and out is not None:
             if ranks.rank() == 0:
                 result.publish(journal, shards, store, Path(out), format, overwrite, verified)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -15,8 +16,10 @@ from torch import nn
 
 from calib.data import TokenData
 from calib.engine import Journal
+from calib.errors import InputError
 from calib.evaluate import peak_rss_mib
 from calib.export import checkpoint, compressed, targets
+from calib.export.files import MANIFEST
 from calib.export.load import load
 from calib.export.streamed import Shards
 from calib.export.streamed import write as write_streamed
@@ -24,6 +27,8 @@ from calib.export.targets import Format
 from calib.export.verify import reference_batch, reference_of, verify
 from calib.model import Plan, Resident
 from calib.recipe import Recipe
+from calib.report import page, record
+from calib.report import write as write_report
 
 
 @dataclass
@@ -43,12 +48,41 @@ class Result:
     data: TokenData
     out: Path | None = None
     peak_rss_mib: float | None = field(default=None)
+    about: dict[str, Any] = field(default_factory=dict)  # the float model; empty: no report was asked for
+    pictures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
         if self.out is not None and any(p.device.type == "meta" for p in self.network.parameters()):
             self.network = load(self.out, mode="fake")
         return self.network
+
+    def report_json(self, folder: Path | None = None) -> dict[str, Any]:
+        """All that a reader is told, as JSON values (calib.report.record). folder: where the checkpoint is, if not yet
+        at ``out``. Raises InputError where the run was told to make no report."""
+        if not self.about:
+            raise InputError("this run was made without a report", "quantize with report=True")
+        place = self.out if folder is None else folder
+        files = [] if place is None else [file for file in place.iterdir() if file.suffix == ".safetensors"]
+        manifest = {} if place is None else json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+        return record(
+            about=self.about,
+            recipe=self.recipe.model_dump(mode="json"),
+            plan=self.plan,
+            report=self.report,
+            pictures=self.pictures,
+            seconds=self.seconds,
+            data={"source": self.data.source, "fingerprint": self.data.fingerprint, "rows": self.data.rows}
+            | {"tokens": self.data.tokens},
+            peak_rss_mib=self.peak_rss_mib,
+            versions=checkpoint.versions(),
+            disk_bytes=sum(file.stat().st_size for file in files if file.name in manifest["sha256"]) or None,
+            sha256=manifest.get("sha256"),
+        )
+
+    def report_html(self) -> str:
+        """The report as one self-contained page."""
+        return page(self.report_json())
 
     def save(
         self,
@@ -125,6 +159,8 @@ class Result:
                 self.seconds["verify"] = time.perf_counter() - written
             self.seconds["total"] = before + time.perf_counter() - start
             self.peak_rss_mib = peak_rss_mib()
+            if self.about:
+                write_report(stage, self.report_json(stage))
             return {"report": self.report, "seconds": self.seconds, "peak_rss_mib": self.peak_rss_mib}
 
         return finish

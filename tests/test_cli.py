@@ -67,7 +67,7 @@ def one_line(captured: Any) -> str:
     return str(lines[0])
 
 
-@pytest.mark.parametrize("command", ["", "quantize", "plan", "eval", "verify", "info"])
+@pytest.mark.parametrize("command", ["", "quantize", "plan", "inspect", "eval", "verify", "info"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*command.split(), "--help"]) == 0
     assert "Usage: calib" in capsys.readouterr().out
@@ -82,7 +82,8 @@ def test_the_main_job_end_to_end(tiny: Path, text: Path, tmp_path: Path, capsys:
     out = tmp_path / "out"
     assert quantize(tiny, out, "--scheme", "w8a8", "--data", str(text), "--json", "--quiet") == 0
     result = last_json(capsys.readouterr().out)
-    assert set(result) == {"out", "plan", "seconds", "peak_rss_mib"}
+    assert set(result) == {"out", "plan", "quality", "seconds", "peak_rss_mib"}
+    assert result["quality"]["ratio"] == pytest.approx(1, abs=0.1)
     assert set(result["plan"]) == {"transformed", "quantized", "excluded"}
     assert result["plan"]["quantized"] == 14 and list(result["plan"]["excluded"]) == ["lm_head"]
     assert result["out"] == str(out) and result["seconds"]["total"] > 0 and result["peak_rss_mib"] > 0
@@ -90,12 +91,18 @@ def test_the_main_job_end_to_end(tiny: Path, text: Path, tmp_path: Path, capsys:
     measure = ["--data", str(text), "--windows", "4", "--seq-len", "32", "--json", "--quiet"]
     assert cli.run(["eval", str(out), *measure, "--reference", str(tiny)]) == 0
     result = last_json(capsys.readouterr().out)
-    assert {"task", "metric", "value", "ci95", "n", "seconds", "peak_rss_mib"} <= set(result)
+    assert {"task", "metric", "value", "ci95", "n", "seconds", "peak_rss_mib", "bootstrap95"} <= set(result)
+    assert set(result["paired"]) == {"difference", "ci95", "p", "test"} and 0 < result["paired"]["p"] <= 1
     assert 0.8 < result["reference"]["ratio"] < 1.25 and result["n"] == 4
     assert cli.run(["eval", str(tiny), *measure]) == 0
     assert set(last_json(capsys.readouterr().out)) == {
-        "task", "metric", "value", "ci95", "n", "seconds", "peak_rss_mib"
+        "task", "metric", "value", "ci95", "n", "seconds", "peak_rss_mib", "bootstrap95"
     }  # fmt: skip
+    generation = ["--task", "generation", "--new-tokens", "4", *measure]
+    assert cli.run(["eval", str(out), *generation, "--against", str(tiny)]) == 0
+    result = last_json(capsys.readouterr().out)
+    assert result["metric"] == "agreement" and 0 <= result["value"] <= result["forced_top1"] <= 1
+    assert (out / "report.html").is_file() and json.loads((out / "report.json").read_text())["schema"] == 1
 
     assert cli.run(["verify", str(out), "--json"]) == 0
     assert last_json(capsys.readouterr().out)["max_difference"] <= 1e-3
@@ -238,6 +245,8 @@ FAILURES = {
     "windows beyond the model": ("quantize {tiny} --out {out} --seq-len 512", 2, "128"),
     "eval without data": ("eval {tiny} --data nowhere.txt", 4, "nowhere.txt"),
     "unknown task": ("eval {tiny} --data {empty} --task chess", 2, "chess"),
+    "generation of one": ("eval {tiny} --data {empty} --task generation", 2, "--against"),
+    "scheme file": ("quantize {tiny} --out {out} --scheme {out}/no.json", 2, "cannot be read"),
     "verify nothing": ("verify {out}", 3, "no folder"),
     "verify a float model": ("verify {tiny}", 3, "verified once"),
 }

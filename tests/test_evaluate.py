@@ -16,7 +16,19 @@ from transformers import PreTrainedTokenizerFast
 
 from calib.data import read_labelled
 from calib.errors import CalibError, DataError, InputError, ModelError, NumericsError
-from calib.evaluate import Result, class_logits, classification, embed, perplexity, similarity
+from calib.evaluate import (
+    Continuations,
+    Result,
+    agreement,
+    bootstrap95,
+    class_logits,
+    classification,
+    continuations,
+    embed,
+    paired,
+    perplexity,
+    similarity,
+)
 from model_zoo import load_model
 
 Tokenizer = PreTrainedTokenizerFast
@@ -57,6 +69,93 @@ def test_perplexity_is_the_mean_over_windows(byte_tokenizer: Tokenizer, tmp_path
     assert model.training  # restored
     from_text = perplexity(model, byte_tokenizer, TEXT, windows=5, seq_len=33)
     assert from_text.value == pytest.approx(result.value, rel=1e-6)
+
+
+def test_strided_windows_score_each_token_with_context(byte_tokenizer: Tokenizer) -> None:
+    text = "".join(chr(97 + (7 * i * i + i) % 26) for i in range(200))
+    ids = torch.tensor(byte_tokenizer(text)["input_ids"])
+    model = Toy(258)
+    result = perplexity(model, byte_tokenizer, text + "\n", windows=5, seq_len=32, stride=8)
+    ids = torch.tensor(byte_tokenizer(text, add_special_tokens=False)["input_ids"])
+    logp = model.table(ids).log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+    assert result.outputs is not None
+    for k in range(5):  # the last 8 tokens of the window that begins at 8 k
+        expected = -logp[8 * k + 23 : 8 * k + 31].mean()
+        assert float(result.outputs[k]) == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(InputError, match="stride of 32"):
+        perplexity(model, byte_tokenizer, text + "\n", windows=2, seq_len=32, stride=32)
+    with pytest.raises(DataError, match="use --windows 22"):
+        perplexity(model, byte_tokenizer, text + "\n", windows=30, seq_len=32, stride=8)
+
+
+def _result(task: str, outputs: Tensor, truth: Tensor | None = None) -> Result:
+    return Result(task, "m", 0.0, None, len(outputs), 0.0, None, outputs, truth)
+
+
+def test_bootstrap_agrees_with_theory() -> None:
+    losses = torch.randn(60, dtype=torch.float64) * 0.3 + 3
+    found = bootstrap95(_result("perplexity", losses))
+    half = 1.96 * float(losses.std()) / math.sqrt(60)
+    assert found == pytest.approx((math.exp(losses.mean() - half), math.exp(losses.mean() + half)), rel=0.02)
+    right = torch.arange(100) < 80
+    logits = torch.stack([right.float(), 1 - right.float()], 1)
+    low, high = bootstrap95(_result("classification", logits, torch.zeros(100))) or (0, 0)
+    exact = stats.binomtest(80, 100).proportion_ci(method="wilson")
+    assert low == pytest.approx(exact.low, abs=0.02) and high == pytest.approx(exact.high, abs=0.02)
+    x = torch.randn(80, dtype=torch.float64)
+    y = x + torch.randn(80, dtype=torch.float64)
+    low, high = bootstrap95(_result("similarity", x, y)) or (0, 0)
+    assert low < stats.spearmanr(x, y).statistic < high and 0.1 < high - low < 0.4
+    assert bootstrap95(_result("classification", logits[:50], torch.zeros(50))) is None, "they do not vary"
+
+
+def test_paired_tests_see_what_single_intervals_cannot() -> None:
+    losses = torch.randn(40, dtype=torch.float64) + 3
+    worse = losses + 0.02 + 0.01 * torch.randn(40, dtype=torch.float64)
+    found = paired(_result("perplexity", worse), _result("perplexity", losses))
+    assert found["p"] < 0.001 and found["ci95"][0] < 0.02 < found["ci95"][1] and found["ci95"][0] > 0.01
+    same = paired(_result("perplexity", losses), _result("perplexity", losses))
+    assert same == {"difference": 0.0, "ci95": None, "p": 1.0, "test": "permutation of items"}
+    few = [torch.tensor([1.0, 2, 3, 4]), torch.tensor([2.0, 4, 6, 8])]
+    assert paired(_result("perplexity", few[0]), _result("perplexity", few[1]))["p"] == pytest.approx(2 / 16)  # exact
+
+    truth = torch.zeros(20)
+    right, other = torch.zeros(20), torch.zeros(20)
+    other[:6], right[6] = 1, 1  # six that only the first gets right, one that only the second does
+    results = [_result("classification", torch.stack([1 - w, w], 1), truth) for w in (right, other)]
+    found = paired(*results)
+    assert (found["won"], found["lost"]) == (6, 1) and found["difference"] == pytest.approx(0.25)
+    assert found["p"] == pytest.approx(2 * (1 + 7) / 2**7)  # both tails of a fair coin thrown seven times
+
+    scores = torch.randn(50, dtype=torch.float64)
+    good, bad = scores + 0.1 * torch.randn(50), torch.randn(50, dtype=torch.float64)
+    found = paired(_result("similarity", good, scores), _result("similarity", bad, scores))
+    assert found["p"] < 0.01 and found["ci95"][0] > 0
+    with pytest.raises(InputError, match="cannot be paired"):
+        paired(_result("perplexity", losses), _result("perplexity", losses[:5]))
+
+
+def test_generation_agrees_with_itself_only(shared: Path) -> None:
+    model, tokenizer = load_model(shared / "models/stories260k", progress=False)
+    story = "Once upon a time there was a little girl named Lily. She loved to play with her toys.\n" * 40
+    wanted = continuations(model, tokenizer, story, prompts=4, prompt_len=16, new_tokens=8)
+    assert wanted.tokens.shape == (4, 8)
+    alone = model.generate(wanted.prompts[1:2], do_sample=False, max_new_tokens=8, min_new_tokens=8)
+    assert torch.equal(alone[0, 16:], wanted.tokens[1])
+    same = agreement(model, wanted)
+    assert same.value == 1 and same.detail["forced_top1"] == 1 and same.as_dict()["forced_top1"] == 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * parameter.std() * torch.randn_like(parameter))
+    other = agreement(model, wanted)
+    assert other.value < other.detail["forced_top1"] < 1
+    assert other.outputs is not None and other.value == pytest.approx(float(other.outputs.mean()))
+    changed = wanted.tokens.clone()
+    changed[:, 6] += 1
+    model, _ = load_model(shared / "models/stories260k", progress=False)
+    assert agreement(model, Continuations(wanted.prompts, changed)).value == pytest.approx(6 / 8)
+    with pytest.raises(ModelError, match="does not generate"):
+        continuations(Toy(258), tokenizer, story, prompts=1, prompt_len=8)
 
 
 def test_result_is_json(byte_tokenizer: Tokenizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.engine.context import ContextObjective
+from calib.engine.error import sqnr
 from calib.engine.factors import STAYS_DENSE, LowRankWork
 from calib.engine.state import SiteState
 from calib.errors import NumericsError
@@ -82,9 +84,14 @@ class BlockCalibration:
         ]
         given.refresh()
         self.before = self.runs[0]()
+        start = time.perf_counter()  # the weights are in the caches' reach now
+        self.runs[0]()
+        self.seconds = time.perf_counter() - start  # of the float block, on the first batch
         self.tolerance = tolerance_for(functools.partial(given.calls[0].run, block), given.hidden[0], self.before)
         self.record: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []
+        self.sqnr: dict[str, float] = {}  # of each linear's output, dB
+        self.pictures: dict[str, dict[str, Any]] = {}
         self.floats: dict[str, Tensor] = {}  # transformed weights, kept where they are learned from
 
     def _planned(self, path: str) -> bool:
@@ -170,7 +177,6 @@ class BlockCalibration:
             self._quantize_site(state, floats)
         for state in self.states:
             state.transform.remove_hooks()
-        self.linears.clear()
         scheme = self.recipe.scheme
         if scheme.attention is not None or scheme.kv is not None:
             prefix = 0 if self.plan.prefix is None else len(self.plan.prefix)
@@ -224,9 +230,12 @@ class BlockCalibration:
                 self.linears[path] = linear
                 if self.recipe.refine:
                     self.floats[path] = linear.weight.detach()
+        self.pictures[f"{self.name}.{state.target.name}"] = state.picture()
         self.record[f"{self.name}.{state.target.name}"] = {
             "site": state.site.kind,
             "consumers": state.site.consumers,
+            "outliers": state.outliers(),
+            "absmax_before": float(torch.maximum(-state.before[1], state.before[2]).amax()),
             "absmax": float(state.range.absmax.amax()),
             "p99": state.quantile.quantile(0.99),
             **({} if quantizer.scale is None else {"input_scale": float(quantizer.scale)}),
@@ -245,11 +254,20 @@ class BlockCalibration:
             seed=zlib.crc32(self.name.encode()) + self.recipe.seed,
             held=self.given.probes,
         )
-        self.floats.clear()
         if not found.taken:
             self.notes.append(f"{self.name}: learned rounding did not lower the held-out error, the solver's stays")
         for record in self.record.values():
             record["refined"] = [found.before, found.after]
+
+    def measure(self) -> None:
+        """Each finished linear's output error, in ``sqnr``; the last that is asked of the float weights."""
+        for state in self.states:
+            for path in state.site.consumers:
+                if path in self.linears:
+                    module: Any = self.block.get_submodule(path)
+                    self.sqnr[path] = sqnr(module, self.linears[path], state.sample.rows)
+        self.linears.clear()
+        self.floats.clear()
 
     def runs_of(self, i: int) -> Tensor:
         """The block's output on batch i."""

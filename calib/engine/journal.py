@@ -59,6 +59,11 @@ class Journal:
         ranks.meet("opening the journal")
 
     @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the journal's run was begun with."""
+        return dict(self._head)
+
+    @property
     def resumed(self) -> int:
         """How many blocks an earlier run finished."""
         return len(self.records)

@@ -38,6 +38,9 @@ class Outcome:
 
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
     blocks: dict[str, float] = field(default_factory=dict)  # output error of each quantized block, relative
+    linears: dict[str, float] = field(default_factory=dict)  # signal to quantization noise of each one's output, dB
+    pictures: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each site, see calib.observers.picture
+    speed: dict[str, list[float]] = field(default_factory=dict)  # seconds of each block on a batch: float, packed
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -220,16 +223,29 @@ class Engine:
         if self.recipe.refine and targets is not None:
             with self._timed("refine"):
                 work.refine(targets)
+        with self._timed("measure"):
+            work.measure()
         self._float = targets
         with self._timed("propagate"), packed(block):
             first = work.runs[0]()
+            start = time.perf_counter()  # the kernels are prepared now
+            work.runs[0]()
+            speed = [work.seconds, time.perf_counter() - start]
             if float_outputs is None:
                 inputs.hidden[0] = first
                 self._propagate(block, given, start=1)
             else:
                 inputs.hidden = float_outputs
         error = float((first - work.before).norm() / work.before.norm().clamp(min=1e-30))
-        record = {"error": error, "sites": work.record, "notes": work.notes, "entries": self._entries(name)}
+        record = {
+            "error": error,
+            "sites": work.record,
+            "notes": work.notes,
+            "entries": self._entries(name),
+            "linears": {f"{name}.{path}": value for path, value in work.sqnr.items()},
+            "pictures": work.pictures,
+            "speed": speed,
+        }
         self._take(name, record)
         if self.journal is not None:
             with self._timed("write"):
@@ -291,6 +307,9 @@ class Engine:
         self.outcome.blocks[name] = record["error"]
         self.outcome.sites.update(record["sites"])
         self.outcome.notes += record["notes"]
+        self.outcome.linears.update(record["linears"])
+        self.outcome.pictures.update(record["pictures"])
+        self.outcome.speed[name] = record["speed"]
         for path, (status, reason, fold, rank, bits) in record["entries"].items():
             entry = self.plan.entries[path]
             entry.status, entry.reason, entry.fold, entry.rank, entry.bits = status, reason, fold, rank, bits

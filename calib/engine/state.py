@@ -15,7 +15,8 @@ from calib.methods import ShiftScale, SiteView
 from calib.methods.base import Loss
 from calib.model import Site, takes_rotation, target_of
 from calib.nn import ActivationQuantizer, block_hadamard
-from calib.observers import Moments, Quantile, Range, RowSample, ranks, row_blocks
+from calib.observers import Moments, Quantile, Range, RowSample, moved, outliers, picture, ranks, row_blocks
+from calib.observers.picture import MASSIVE, TOKENS
 from calib.observers.quantile import ENOUGH
 from calib.quantizers import AffineSpec, AnyWeight, qparams, tensor_range
 from calib.recipe import Recipe
@@ -42,6 +43,8 @@ class SiteState:
         self.moments = [Moments(n, gram) for _ in site.groups]
         self.needs_moments = gram or recipe.bias_correction or any(spec.range == "mse" for spec in weights)
         self.tokens = [0] * len(site.groups)
+        self.head = torch.empty(0, n)  # the first rows, in order, for the picture
+        self.shift: Tensor | None = None
         self.transformed = False
         self.detail: dict[str, Any] = {}
 
@@ -59,6 +62,8 @@ class SiteState:
             self.range.update(rows)
             self.sample.update(rows, None if start is None else start + at)
             self.quantile.update(rows[-taken % stride :: stride])
+            if len(self.head) < TOKENS:
+                self.head = torch.cat([self.head, rows[: TOKENS - len(self.head)].float().cpu()])
             if self.needs_moments:
                 self.moments[group].update(rows)
             taken += rows.shape[0]
@@ -76,6 +81,7 @@ class SiteState:
             raise NumericsError(
                 f"activations at {name} hold NaN or inf", "check the weights and the data, or exclude it"
             )
+        self.before = (self.head, self.range.lo, self.range.hi)
         for i, moments in enumerate(list(self.moments)):
             if self.tokens[i]:
                 continue
@@ -152,7 +158,10 @@ class SiteState:
         shift, scale = found.shift, found.scale
         z = 0.0 if shift is None else shift
         s = 1.0 if scale is None else scale
+        if self.shift is None:
+            self.shift = shift
         self.range.lo, self.range.hi = (self.range.lo - z) / s, (self.range.hi - z) / s
+        self.head = (self.head - z) / s
         self.sample.rows = (self.sample.rows - z) / s
         for moments in self.moments:
             moments.transform(shift, scale)
@@ -163,11 +172,25 @@ class SiteState:
         """Carry the statistics through a block Hadamard. The extremes are those of the sample, widened by what the
         sample missed of the unrotated ones."""
         missed = self.range.absmax.amax() / self.sample.rows.abs().amax().clamp(min=1e-30)
-        self.sample.rows = block_hadamard(self.sample.rows, block)
+        self.sample.rows, self.head = block_hadamard(self.sample.rows, block), block_hadamard(self.head, block)
         lo, hi = torch.aminmax(self.sample.rows, dim=0)
         self.range.lo, self.range.hi = lo * missed, hi * missed
         for moments in self.moments:
             moments.rotate(functools.partial(block_hadamard, block=block))
+
+    def picture(self) -> dict[str, Any]:
+        """The site before and after its transform, for a reader; a few kilobytes."""
+        rows, lo, hi = self.before
+        found = picture(rows, lo, hi, self.shift)
+        return {**found, "after": moved(found, self.head, self.range.lo, self.range.hi)} if self.transformed else found
+
+    def outliers(self) -> dict[str, Any]:
+        """What stood out before the transform. What is no first token is told from the first rows where one is massive,
+        and from all of them elsewhere."""
+        rows, lo, hi = self.before
+        first, rest = float(rows[0].abs().amax()), rows[1:].abs()
+        massive = len(rest) > 0 and first >= MASSIVE * float(rest.amax())
+        return outliers(lo, hi, first, rest.amax(0) if massive else (-lo).maximum(hi))
 
     def quantizer(self, spec: AffineSpec | None) -> ActivationQuantizer:
         """The consumers' input quantizer: the fused part of the transform and the chosen static range."""

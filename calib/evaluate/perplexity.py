@@ -29,12 +29,14 @@ def perplexity(
     seq_len: int = 512,
     batch_size: int = 4,
     *,
+    stride: int | None = None,
     progress: bool = False,
 ) -> Result:
-    """exp(mean loss) over the first `windows` disjoint windows of `seq_len` tokens.
+    """exp(mean loss) over the first `windows` windows of `seq_len` tokens, disjoint or `stride` tokens apart.
 
     The whole text is tokenized as one string without special tokens; each window predicts its tokens
-    2..seq_len from those before. `path_or_text` is a file, or the text itself if it holds a line break or
+    2..seq_len from those before. With `stride` it predicts its last `stride` tokens only, so that each has at least
+    seq_len - stride tokens before it. `path_or_text` is a file, or the text itself if it holds a line break or
     is longer than a path can be.
 
     `ci95` takes the windows' mean losses as independent draws: Student's t interval of their mean, mapped
@@ -52,11 +54,13 @@ def perplexity(
     if limit is not None and seq_len > limit:
         cause = f"windows of {seq_len} tokens are beyond the model's limit of {limit}"
         raise InputError(cause, f"use at most {limit}")
-    ids = _windows(tokenizer, path_or_text, windows, seq_len)
+    if stride is not None and not 1 <= stride < seq_len:
+        raise InputError(f"a stride of {stride} in windows of {seq_len}", f"use 1 to {seq_len - 1}")
+    ids = text_windows(tokenizer, path_or_text, windows, seq_len, stride or seq_len)
     losses = []
     with evaluating(model) as device, tqdm(total=windows, desc="perplexity", disable=not progress) as bar:
         for batch in ids.split(batch_size):
-            losses.append(_window_losses(model, batch.to(device)))
+            losses.append(_window_losses(model, batch.to(device), stride or seq_len - 1))
             bar.update(len(batch))
     loss = torch.cat(losses)
     if not bool(loss.isfinite().all()):
@@ -71,31 +75,32 @@ def perplexity(
     return Result("perplexity", "perplexity", _exp(mean), ci95, windows, seconds, peak_rss_mib(), loss)
 
 
-def _windows(
-    tokenizer: PreTrainedTokenizerBase, path_or_text: str | os.PathLike[str], windows: int, seq_len: int
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase, path_or_text: str | os.PathLike[str], windows: int, seq_len: int, step: int
 ) -> Tensor:
-    """Token ids [windows, seq_len]."""
+    """Token ids [windows, seq_len] from the start of a text, one window every `step` tokens."""
     given = path_or_text
     if isinstance(given, str) and ("\n" in given or len(given) > 1024):
         source, text = "the given text", given
     else:
         source, text = str(given), read_text(Path(given).expanduser())
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < windows * seq_len:
-        full = len(ids) // seq_len
+    needed = (windows - 1) * step + seq_len
+    if len(ids) < needed:
+        full = max(0, (len(ids) - seq_len) // step + 1)
         cause = f"{source} holds {len(ids)} tokens, fewer than {windows} windows of {seq_len}"
         raise DataError(cause, f"use --windows {full}" if full else "give more text or use shorter windows")
-    return torch.tensor(ids[: windows * seq_len], dtype=torch.int64).view(windows, seq_len)
+    return torch.tensor(ids[:needed], dtype=torch.int64).unfold(0, seq_len, step).contiguous()
 
 
-def _window_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean next-token loss of each row of `ids` [B, T], in nats, float64 [B]."""
+def _window_losses(model: nn.Module, ids: Tensor, last: int) -> Tensor:
+    """Mean next-token loss of the last tokens of each row of `ids` [B, T], in nats, float64 [B]."""
     output = model(input_ids=ids)
     logits = getattr(output, "logits", None)
     if logits is None or logits.shape[:2] != ids.shape:
         raise ModelError(f"{type(model).__name__} gives no next-token logits", "use a causal language model")
     rows = [  # row by row: float32 logits of a whole batch would double the peak
-        nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="none").double().mean()
+        nn.functional.cross_entropy(row[-last - 1 : -1].float(), target[-last:], reduction="none").double().mean()
         for row, target in zip(logits, ids, strict=True)
     ]
     return torch.stack(rows).cpu()

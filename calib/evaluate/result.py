@@ -21,7 +21,8 @@ class Result:
 
     `seconds` is wall time, `peak_rss_mib` the process's peak memory so far (None where the system does
     not say). `outputs` are the single results in order and stay out of `as_dict`: mean loss of each
-    window in nats [n], class logits [n, classes], or cosines [n].
+    window in nats [n], class logits [n, classes], or cosines [n]; so do their `truth`, class numbers or human scores.
+    `detail`: further figures of the task.
     """
 
     task: str
@@ -32,9 +33,11 @@ class Result:
     seconds: float
     peak_rss_mib: float | None
     outputs: Tensor | None = field(default=None, repr=False, compare=False)
+    truth: Tensor | None = field(default=None, repr=False, compare=False)
+    detail: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields that JSON can hold: task, metric, value, ci95, n, seconds, peak_rss_mib."""
+        """The fields that JSON can hold: task, metric, value, ci95, n, seconds, peak_rss_mib, and what detail adds."""
         return {
             "task": self.task,
             "metric": self.metric,
@@ -43,6 +46,7 @@ class Result:
             "n": self.n,
             "seconds": round(self.seconds, 3),
             "peak_rss_mib": self.peak_rss_mib,
+            **self.detail,
         }
 
 

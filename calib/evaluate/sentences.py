@@ -48,7 +48,8 @@ def classification(
         raise DataError(cause, "use data of the task the model was trained for")
     right = int((logits.argmax(dim=1) == torch.tensor(labels)).sum())
     seconds = time.perf_counter() - start
-    return Result("classification", "accuracy", right / n, _wilson(right, n), n, seconds, peak_rss_mib(), logits)
+    truth = torch.tensor(labels)
+    return Result("classification", "accuracy", right / n, _wilson(right, n), n, seconds, peak_rss_mib(), logits, truth)
 
 
 def similarity(
@@ -76,7 +77,8 @@ def similarity(
     if math.isnan(value):
         raise NumericsError("all sentence pairs have the same cosine", "check the model's weights")
     seconds = time.perf_counter() - start
-    return Result("similarity", "spearman", value, _fisher(value, n), n, seconds, peak_rss_mib(), cosines)
+    truth = torch.tensor(scores)
+    return Result("similarity", "spearman", value, _fisher(value, n), n, seconds, peak_rss_mib(), cosines, truth)
 
 
 def class_logits(

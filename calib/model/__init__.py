@@ -1,6 +1,17 @@
 """What a network is: blocks, sites found by tracing one real batch, the plan. Knows no methods."""
 
-from calib.model.blocks import Batch, BlockInputs, Call, HiddenList, Stack, call_model, capture, observing, run_after
+from calib.model.blocks import (
+    Batch,
+    BlockInputs,
+    Call,
+    HiddenList,
+    Stack,
+    call_model,
+    capture,
+    find_stacks,
+    observing,
+    run_after,
+)
 from calib.model.linears import apply_rewrites, linears
 from calib.model.plan import Entry, Plan, make_plan, small_batch, takes_rotation, target_of
 from calib.model.sites import Site
@@ -21,6 +32,7 @@ __all__ = [
     "apply_rewrites",
     "call_model",
     "capture",
+    "find_stacks",
     "is_finite",
     "linears",
     "make_plan",
