@@ -1,6 +1,7 @@
 """calib: post-training quantization of transformers, from outlier suppression to verified checkpoints.
 
-`quantize` does it all, `plan` says before any work what it would do, `load` and `verify` read a result back.
+`quantize` does it all, `plan` says before any work what it would do, `tune` trains what calibration alone cannot bring
+back, `load` and `verify` read a result back.
 Importing calib also teaches transformers its checkpoints: ``AutoModel*.from_pretrained(folder)`` then works.
 """
 
@@ -19,6 +20,8 @@ from calib.export import hf as _hf
 from calib.export.load import load, load_tokenizer
 from calib.export.verify import VerifyReport, verify
 from calib.quantize import Result, cost, plan, quantize  # `calib.quantize` is the function, not its module
+from calib.result import Tuned
+from calib.tune import tune
 
 __version__ = "0.1.0"
 _hf.register()
@@ -31,6 +34,7 @@ __all__ = [
     "NumericsError",
     "OutputError",
     "Result",
+    "Tuned",
     "VerifyError",
     "VerifyReport",
     "cost",
@@ -38,5 +42,6 @@ __all__ = [
     "load_tokenizer",
     "plan",
     "quantize",
+    "tune",
     "verify",
 ]

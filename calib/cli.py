@@ -22,9 +22,9 @@ import typer
 from safetensors import SafetensorError
 
 import calib
-from calib import cli_data
+from calib import cli_data, cli_tune
 from calib.errors import CalibError, DataError, Interrupted, ModelError, NumericsError, OutputError
-from calib.options import RecipeOptions, one_of, with_recipe_options
+from calib.options import RecipeOptions, one_of, set_up, with_recipe_options
 from calib.recipe import METHODS, SCHEMES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_data.app, name="data")
+app.command()(cli_tune.tune)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name that calib info lists, a folder, .gguf or hub id.")]
 Data = Annotated[
@@ -86,7 +87,7 @@ def quantize(
     """
     from calib.model.cost import parse_size
 
-    _set_up(threads, quiet)
+    set_up(threads, quiet)
     quiet = quiet or int(os.environ.get("RANK", "0")) > 0  # under torchrun the first process speaks
     as_json = as_json and not int(os.environ.get("RANK", "0"))
     with _interruptible():
@@ -142,7 +143,7 @@ def plan(
     """
     from calib.model.cost import parse_size, refuse
 
-    _set_up(threads, quiet)
+    set_up(threads, quiet)
     arguments = recipe.arguments(model)
     limit = None if max_memory is None else parse_size(max_memory)
     cost = calib.cost(
@@ -183,7 +184,7 @@ def evaluate(
     from calib.evaluate import Result, classification, perplexity, similarity
     from calib.export.load import load_pair
 
-    _set_up(threads, quiet)
+    set_up(threads, quiet)
     one_of("task", task, ("perplexity", "classification", "similarity"))
     if not Path(data).exists():
         raise DataError(f"there is no file {data}", "check --data")
@@ -227,7 +228,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Reload a checkpoint in a fresh process and compare its answers with the stored ones."""
-    _set_up(threads)
+    set_up(threads)
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}", "name a folder that calib quantize wrote")
     report = calib.verify(folder, tolerance=tolerance)
@@ -244,7 +245,7 @@ def info(threads: Threads = None, as_json: Json = False) -> None:
     from model_zoo import WHEELS
     from model_zoo.cache import cache_dir
 
-    _set_up(threads)
+    set_up(threads)
     facts: dict[str, Any] = {
         "versions": {**versions(), "python": platform.python_version()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
@@ -292,16 +293,6 @@ def _text(result: calib.Result) -> str:
 
 def _dtype(name: str) -> torch.dtype:
     return DTYPES[one_of("dtype", name, list(DTYPES))]
-
-
-def _set_up(threads: int | None, quiet: bool = False) -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    if quiet:
-        warnings.simplefilter("ignore")
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def _peak_rss_mib() -> float | None:
