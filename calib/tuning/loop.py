@@ -64,7 +64,7 @@ def tune(
     named = {name: p for parameters, _ in groups for name, p in parameters.items()}
     state = {**named, **(buffers or {})}
     on_cpu = next(iter(named.values())).device.type == "cpu"
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=tuning.precision)
+    accelerator = Accelerator(cpu=on_cpu)
     world, rank = accelerator.num_processes, accelerator.process_index
     optimizer = torch.optim.AdamW(
         [{"params": list(p.values()), "lr": tuning.lr * factor} for p, factor in groups], weight_decay=tuning.decay
@@ -87,7 +87,7 @@ def tune(
                 value = 0.0
                 for part in range(tuning.accumulate):
                     place = (step * tuning.accumulate + part) * world + rank
-                    with accelerator.autocast():
+                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=tuning.precision == "bf16"):
                         each = loss(_batch(batches, place, tuning.seed)) / tuning.accumulate
                     accelerator.backward(each)
                     value += float(each.detach())

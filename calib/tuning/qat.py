@@ -28,9 +28,10 @@ class TunedLinear(CalledAsWeight, nn.Module):
     """Stands in for a QuantLinear.
 
     Learns, as chosen: ``factor`` (shaped like the scale, which it multiplies) and ``input_factor`` [1] of a static
-    input scale (elastic activations; dynamic inputs pass every gradient); ``latent`` [out, in], the weight behind the
-    codes, which without it are held; ``bias`` [out]; ``down`` [r, in] and ``up`` [r, out] of a float side branch. Zero
-    points are held. Ternary grids whose scale is a statistic take it anew from the latent weight.
+    input scale that no row may leave (elastic activations; dynamic inputs pass every gradient); ``latent`` [out, in],
+    the weight behind the codes, which without it are held; ``bias`` [out]; ``down`` [r, in] and ``up`` [r, out] of a
+    float side branch. Zero points are held. Ternary grids whose scale is a statistic take it anew from the latent
+    weight.
     """
 
     def __init__(self, module: QuantLinear, trainable: Collection[Trainable], weight: Tensor | None = None) -> None:
@@ -49,7 +50,8 @@ class TunedLinear(CalledAsWeight, nn.Module):
         self.bias = _parameter(module.bias, everything)
         quantizer, side = module.input, module.side
         self.input_start = quantizer.scale
-        self.input_factor = _parameter(None if quantizer.scale is None else torch.ones_like(quantizer.scale), scales)
+        ranged = quantizer.scale is not None and not quantizer.watches_rows  # else all rows would learn to leave it
+        self.input_factor = _parameter(torch.ones_like(quantizer.scale) if ranged else None, scales)  # type: ignore[arg-type]
         train_side = side is not None and side.bits is None and (everything or "factors" in trainable)
         self.down = _parameter(None if side is None else side.down, train_side)
         self.up = _parameter(None if side is None else side.up, train_side)
