@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import calib
 from calib import cli
 from calib.errors import CalibError, InputError
-from calib.nn import LowRankLinear, QuantLinear
+from calib.nn import ActivationQuantizer, LowRankLinear, QuantLinear
 from calib.quantizers import AffineSpec, AnyWeight, DualBinarySpec, LevelSpec, straight
 from calib.recipe import Scheme
 from calib.tune import fit, latent_weights
@@ -94,11 +94,12 @@ def test_what_a_pass_sees_is_what_is_packed(name: str) -> None:
         assert torch.equal(x, module.input.on_grid(torch.ones(3, module.in_features)))
 
 
-def linear_of(spec: AnyWeight, inputs: AffineSpec | None = None, **quantizer: Any) -> QuantLinear:
-    from calib.nn import ActivationQuantizer
+WEIGHT = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
 
+
+def linear_of(spec: AnyWeight, inputs: AffineSpec | None = None, **quantizer: Any) -> QuantLinear:
     given = ActivationQuantizer(inputs, 32, **quantizer)
-    return QuantLinear.from_float(torch.randn(6, 32), torch.randn(6), spec, given)
+    return QuantLinear.from_float(WEIGHT, torch.randn(6), spec, given)
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -126,8 +127,8 @@ def test_scales_of_held_codes_have_their_true_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", GRIDS)
 def test_latent_weights_have_the_published_gradients(name: str) -> None:
     spec = GRIDS[name][0]
-    linear = TunedLinear(linear_of(spec), ("all",), torch.randn(6, 32))
-    assert linear.latent is not None
+    linear = TunedLinear(linear_of(spec), ("all",), WEIGHT)
+    assert linear.latent is not None and torch.equal(linear.latent, WEIGHT)
     up = torch.randn(6, 32)
     (got,) = torch.autograd.grad(linear.weight(), linear.latent, up)
     w = linear.latent.detach().unflatten(-1, (-1, spec.group_size)) if spec.group_size else linear.latent.detach()

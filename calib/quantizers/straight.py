@@ -25,8 +25,8 @@ GELU_MINIMUM = -0.16997120747990369  # of x Phi(x), at x = -0.75179
 def on_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: AnyWeight) -> Tensor:
     """The values [out, in] that a weight has on a grid, to the bit what its codes will decode to; published gradients.
 
-    scale: fp32, shaped as ``spec.scale_shape``; what is stored of it (fp16 of low-bit grids) is what counts. Grids
-    whose scale is a statistic of the weight pass its gradient on as it is.
+    scale: fp32, shaped as ``spec.scale_shape``; what is stored of it (fp16 of low-bit grids) is what counts. Ternary
+    grids whose scale is a statistic learn it here as LSQ does.
     """
     with torch.no_grad():
         stored = scale.to(spec.scale_dtype)
@@ -52,7 +52,7 @@ def _surrogate(view: Tensor, scale: Tensor, zero_point: Tensor, spec: AnyWeight)
         return seq(view, scale * (1.5 if spec.levels == 3 else spec.levels), spec.levels)
     if spec.kind == "lsq":
         return lsq(view, scale, spec.levels)
-    return elastic_binary(view, scale) if spec.kind == "binary" else view
+    return elastic_binary(view, scale) if spec.kind == "binary" else _learned_step(view, scale, -1, 1, _gain(view, 1))
 
 
 class _Scaled(Function):

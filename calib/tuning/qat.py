@@ -31,7 +31,7 @@ class TunedLinear(CalledAsWeight, nn.Module):
     input scale that no row may leave (elastic activations; dynamic inputs pass every gradient); ``latent`` [out, in],
     the weight behind the codes, which without it are held; ``bias`` [out]; ``down`` [r, in] and ``up`` [r, out] of a
     float side branch. Zero points are held. Ternary grids whose scale is a statistic take it anew from the latent
-    weight.
+    weight, where they did from the float weight.
     """
 
     def __init__(self, module: QuantLinear, trainable: Collection[Trainable], weight: Tensor | None = None) -> None:
@@ -43,7 +43,7 @@ class TunedLinear(CalledAsWeight, nn.Module):
         self.start = module.weight_scale.float()
         zero = module.weight_zero_point
         self.zero = self.start.new_zeros((), dtype=torch.int32) if zero is None else zero
-        self.statistic = everything and getattr(self.spec, "kind", "") in STATISTIC
+        self.statistic = everything and weight is not None and self._is_statistic(weight)
         scales = everything or "scales" in trainable
         self.factor = _parameter(torch.ones_like(self.start), scales and not self.statistic)
         self.latent = _parameter(self._aligned(weight), everything)
@@ -56,12 +56,18 @@ class TunedLinear(CalledAsWeight, nn.Module):
         self.down = _parameter(None if side is None else side.down, train_side)
         self.up = _parameter(None if side is None else side.up, train_side)
 
+    def _is_statistic(self, weight: Tensor) -> bool:
+        """Whether the grid's scale is a statistic, and these its codes: not what a solver moved."""
+        if getattr(self.spec, "kind", "") not in STATISTIC:
+            return False
+        return torch.equal(rounded(weight.detach().float(), self.spec)[0], self.module.codes())
+
     def _aligned(self, weight: Tensor | None) -> Tensor:
         values = self.module.dequantize().float()
         if weight is None:
             return values
         weight = weight.detach().float()
-        if self.statistic:  # its scale follows the weight, so that codes are what they were
+        if self.statistic:
             return weight
         same = self.spec.encode(weight, self.module.weight_scale, self.zero) == self.module.codes()
         return torch.where(same, weight, values)
