@@ -1,7 +1,7 @@
 """calib: post-training quantization of transformers, from outlier suppression to verified checkpoints.
 
-`quantize` does it all, `plan` says before any work what it would do, `load` and `verify` read a result back,
-`convert` writes it for other programs.
+`quantize` does it all, `plan` says before any work what it would do, `tune` trains what calibration alone cannot bring
+back, `load` and `verify` read a result back, `convert` writes it for other programs.
 Importing calib also teaches transformers its checkpoints: ``AutoModel*.from_pretrained(folder)`` then works.
 """
 
@@ -22,6 +22,8 @@ from calib.export.targets import convert
 from calib.export.verify import VerifyReport, verify
 from calib.inspection import inspect
 from calib.quantize import Result, cost, plan, quantize  # `calib.quantize` is the function, not its module
+from calib.result import Tuned
+from calib.tune import tune
 
 __version__ = "0.1.0"
 _hf.register()
@@ -34,6 +36,7 @@ __all__ = [
     "NumericsError",
     "OutputError",
     "Result",
+    "Tuned",
     "VerifyError",
     "VerifyReport",
     "convert",
@@ -43,5 +46,6 @@ __all__ = [
     "load_tokenizer",
     "plan",
     "quantize",
+    "tune",
     "verify",
 ]

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,10 +18,10 @@ import torch
 import typer
 
 import calib
-from calib import cli_data, cli_eval, cli_guard, cli_inspect
+from calib import cli_data, cli_eval, cli_guard, cli_inspect, cli_tune
 from calib.errors import CalibError, Interrupted, ModelError
 from calib.export.targets import WRITERS
-from calib.options import RecipeOptions, one_of, with_recipe_options
+from calib.options import RecipeOptions, one_of, set_up, with_recipe_options
 from calib.recipe import METHODS, SCHEMES
 from calib.report import HTML
 
@@ -38,6 +37,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_data.app, name="data")
+app.command()(cli_tune.tune)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name that calib info lists, a folder, .gguf or hub id.")]
 Data = Annotated[
@@ -88,7 +88,7 @@ def quantize(
     """
     from calib.model.cost import parse_size
 
-    _set_up(threads, quiet)
+    set_up(threads, quiet)
     quiet = quiet or int(os.environ.get("RANK", "0")) > 0  # under torchrun the first process speaks
     as_json = as_json and not int(os.environ.get("RANK", "0"))
     with cli_guard.interruptible():
@@ -146,7 +146,7 @@ def plan(
     """
     from calib.model.cost import parse_size, refuse
 
-    _set_up(threads, quiet)
+    set_up(threads, quiet)
     arguments = recipe.arguments(model)
     limit = None if max_memory is None else parse_size(max_memory)
     cost = calib.cost(
@@ -193,7 +193,7 @@ def inspect(
 
     calib inspect smollm2-135m --html out/outliers.html
     """
-    _set_up(threads, quiet)
+    set_up(threads, quiet)
     with cli_guard.interruptible():
         report = cli_inspect.inspect(
             model,
@@ -243,7 +243,7 @@ def evaluate(
 
     calib eval out/small --data test.txt --against smollm2-135m
     """
-    _set_up(threads, quiet)
+    set_up(threads, quiet)
     one_of("task", task, cli_eval.TASKS)
     options: dict[str, Any] = {}
     if task == "generation":
@@ -266,7 +266,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Reload a checkpoint in a fresh process and compare its answers with the stored ones."""
-    _set_up(threads)
+    set_up(threads)
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}", "name a folder that calib quantize wrote")
     report = calib.verify(folder, tolerance=tolerance)
@@ -289,7 +289,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a finished checkpoint in another program's format, and verify it with that program's loader."""
-    _set_up(threads)
+    set_up(threads)
     report = calib.convert(folder, format, out, weights_only=weights_only, overwrite=overwrite, verified=verify)
     print(f"written to {out}, format {format}" + ("" if report is None else f"\n{report}"))
     if as_json:
@@ -304,7 +304,7 @@ def info(threads: Threads = None, as_json: Json = False) -> None:
     from model_zoo import WHEELS
     from model_zoo.cache import cache_dir
 
-    _set_up(threads)
+    set_up(threads)
     facts: dict[str, Any] = {
         "versions": {**versions(), "python": platform.python_version()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
@@ -363,16 +363,6 @@ def _text(result: calib.Result) -> str:
 
 def _dtype(name: str) -> torch.dtype:
     return DTYPES[one_of("dtype", name, list(DTYPES))]
-
-
-def _set_up(threads: int | None, quiet: bool = False) -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    if quiet:
-        warnings.simplefilter("ignore")
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def _peak_rss_mib() -> float | None:

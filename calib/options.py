@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import inspect
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from pydantic import ValidationError
 
@@ -30,6 +32,17 @@ def one_of(option: str, value: str, known: Sequence[str]) -> str:
     if value not in known:
         raise InputError(f"unknown {option} {value!r}", f"use {', '.join(known)}")
     return value
+
+
+def set_up(threads: int | None, quiet: bool = False) -> None:
+    """What every command does first."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if quiet:
+        warnings.simplefilter("ignore")
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from calib.data import TokenData, calibration_data, generate_windows, sequence_limit
@@ -116,14 +120,12 @@ def about_model(model: Model, network: nn.Module, dtype: torch.dtype) -> dict[st
     }
 
 
-def fingerprint(model: str | os.PathLike[str], recipe: Recipe, tokens: TokenData, dtype: torch.dtype) -> dict[str, Any]:
+def fingerprint(
+    model: str | os.PathLike[str], recipe: BaseModel, tokens: TokenData, dtype: torch.dtype
+) -> dict[str, Any]:
     """All that decides what a run writes."""
-    from model_zoo import sources
-
-    folder = Path(sources.resolve(model, progress=False).path)
-    files = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".gguf") or p.name == "config.json")
     return {
-        "model": {file.name: sha256(file) for file in files} or str(model),
+        "model": model_hashes(model),
         "data": tokens.fingerprint,
         "recipe": recipe.model_dump(mode="json"),
         "dtype": str(dtype),
@@ -131,19 +133,64 @@ def fingerprint(model: str | os.PathLike[str], recipe: Recipe, tokens: TokenData
     }
 
 
+def model_hashes(model: str | os.PathLike[str]) -> dict[str, str] | str:
+    """sha256 of a model's weight files and config; its name where it has none here."""
+    from model_zoo import sources
+
+    folder = Path(sources.resolve(model, progress=False).path)
+    files = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".gguf") or p.name == "config.json")
+    return {file.name: sha256(file) for file in files} or str(model)
+
+
+def training_folder(out: str | os.PathLike[str], about: dict[str, Any]) -> Path:
+    """Where the run that ``about`` describes keeps its training's state: another's is never found."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    return _training_folders(out) / digest[:16]
+
+
+def forget_training(out: str | os.PathLike[str]) -> None:
+    """Remove what trainings towards ``out`` kept."""
+    shutil.rmtree(_training_folders(out), ignore_errors=True)
+
+
+def _training_folders(out: str | os.PathLike[str]) -> Path:
+    path = Path(out).expanduser().absolute()
+    return path.parent / f".{path.name}.tuning"
+
+
 def is_self(data: Any) -> bool:
     """True where the model writes its own data: it then runs, whole, before it is quantized."""
     return isinstance(data, str) and data == "self"
+
+
+class Drawn(Protocol):
+    """How much data a recipe draws."""
+
+    @property
+    def samples(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
 
 
 def calibration_tokens(
     model: nn.Module, tokenizer: Any, data: Any, recipe: Recipe, progress: bool = False
 ) -> TokenData:
     """Windows of running text for generative models, padded sentences for encoders."""
-    arguments = _data_arguments(model, tokenizer, recipe)
+    return model_tokens(model, tokenizer, data, recipe, **_room(recipe), progress=progress)
+
+
+def model_tokens(
+    model: nn.Module, tokenizer: Any, data: Any, drawn: Drawn, *, asked: bool, prefix: int, progress: bool = False
+) -> TokenData:
+    """Data as the model reads it, in windows it takes after a prefix of so many tokens. asked: seq_len was, and a
+    generative model that cannot take it is an error."""
+    arguments = _data_arguments(model, tokenizer, drawn, asked=asked, prefix=prefix)
     if is_self(data):
-        count, length = recipe.samples, arguments["seq_len"]
-        data = generate_windows(model, tokenizer, count, length, recipe.seed, progress=progress)
+        data = generate_windows(model, tokenizer, drawn.samples, arguments["seq_len"], drawn.seed, progress=progress)
     return calibration_data(data, tokenizer, **arguments)
 
 
@@ -154,34 +201,40 @@ def held_out(
     again = None
     local = data is None or isinstance(data, (list, os.PathLike)) or (isinstance(data, str) and is_path(data))
     if local and not is_self(data):
-        arguments = _data_arguments(model, tokenizer, recipe) | {"samples": DRAWN, "seed": recipe.seed + 1}
-        again = {"data": data, "tokenizer": tokenizer, **arguments}
+        more = {"samples": DRAWN, "seed": recipe.seed + 1}
+        again = {"data": data, "tokenizer": tokenizer}
+        again |= _data_arguments(model, tokenizer, recipe, **_room(recipe)) | more
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are few rows has been said
         return Held(model, plan.stacks, store, *held_rows(tokens, again))
 
 
-def _data_arguments(model: nn.Module, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
-    """Of calibration_data, as the model and the recipe say."""
-    config = getattr(model, "config", None)
-    generative = bool(getattr(model, "can_generate", lambda: False)()) and not getattr(
-        config, "is_encoder_decoder", False
-    )
+def _room(recipe: Recipe) -> dict[str, Any]:
+    """What ``_data_arguments`` has to know of a recipe beside its sizes."""
+    prefix = len(recipe.prefix) if isinstance(recipe.prefix, tuple) else int(recipe.prefix in ("auto", "on"))
+    return {"asked": "seq_len" in recipe.model_fields_set, "prefix": prefix}
+
+
+def _data_arguments(model: nn.Module, tokenizer: Any, drawn: Drawn, *, asked: bool, prefix: int) -> dict[str, Any]:
+    """Of calibration_data, as the model and what is drawn say."""
+    config, generative = getattr(model, "config", None), is_generative(model)
     limit = sequence_limit(config, tokenizer) if config is not None else None
-    asked = "seq_len" in recipe.model_fields_set and generative  # only a length asked for may be too long
-    room = (
-        len(recipe.prefix) if isinstance(recipe.prefix, tuple) else int(recipe.prefix in ("auto", "on") and generative)
-    )
-    length = recipe.seq_len if asked or limit is None else min(recipe.seq_len, limit - room)
+    room = prefix if generative else 0
     return {
-        "samples": recipe.samples,
-        "seq_len": length,
-        "seed": recipe.seed,
+        "samples": drawn.samples,
+        "seq_len": drawn.seq_len if (asked and generative) or limit is None else min(drawn.seq_len, limit - room),
+        "seed": drawn.seed,
         "pack": generative,
-        "batch_size": recipe.batch_size,
+        "batch_size": drawn.batch_size,
         "limit": limit,
         "vocabulary": _vocabulary(model),
     }
+
+
+def is_generative(model: nn.Module) -> bool:
+    """True of models that go on with a text: they read windows of it."""
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(getattr(model, "can_generate", lambda: False)()) and not encodes
 
 
 def stored_bytes(model: nn.Module, plan: Plan) -> int:

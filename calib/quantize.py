@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -116,11 +113,11 @@ def quantize(
 
     if training is not None:
         found = _trained(training, network, plan, model, tokens, dtype, out, seconds, progress)
-        result = Result(network, tokenizer, recipe, plan, found, seconds, tokens, about=about)
+        result = Result(network, tokenizer, found, seconds, tokens, recipe=recipe, plan=plan, about=about)
         seconds["total"] = time.perf_counter() - started
         if out is not None:
             result.save(out, format, overwrite=overwrite, verified=verified)
-            shutil.rmtree(_training_state(out), ignore_errors=True)
+            prepare.forget_training(out)
         return result
 
     journal, shards = None, None
@@ -163,8 +160,8 @@ def quantize(
             with _timed(seconds, "quality"):
                 found["quality"] = held.quality(network)
         seconds |= outcome.seconds | {"total": time.perf_counter() - started}
-        result = Result(network, tokenizer, recipe, plan, found, seconds, tokens, peak_rss_mib=peak_rss_mib())
-        result.about, result.pictures = about, outcome.pictures
+        result = Result(network, tokenizer, found, seconds, tokens, recipe=recipe, plan=plan, about=about)
+        result.pictures, result.peak_rss_mib = outcome.pictures, peak_rss_mib()
         if journal is not None and shards is not None and out is not None:
             if ranks.rank() == 0:
                 result.publish(journal, shards, store, Path(out), format, overwrite, verified)
@@ -298,12 +295,6 @@ def _check_rotation(plan: Plan, recipe: Recipe) -> None:
                 rotation.block_for(site.features)
 
 
-def _training_state(out: str | os.PathLike[str]) -> Path:
-    """Where a training run keeps what a later one goes on from."""
-    path = Path(out).expanduser().absolute()
-    return path.parent / f".{path.name}.tuning"
-
-
 def _trained(
     training: Basel,
     network: nn.Module,
@@ -317,9 +308,8 @@ def _trained(
 ) -> dict[str, Any]:
     """Train the whole model in the place of the block loop; the report."""
     folder = None
-    if out is not None and not isinstance(model, nn.Module):  # named by the run: another's state is never found
-        about = json.dumps(prepare.fingerprint(model, training.recipe, tokens, dtype), sort_keys=True, default=str)
-        folder = _training_state(out) / hashlib.sha256(about.encode()).hexdigest()[:16]
+    if out is not None and not isinstance(model, nn.Module):
+        folder = prepare.training_folder(out, prepare.fingerprint(model, training.recipe, tokens, dtype))
     with _timed(seconds, "train"):
         report = trained(network, plan, training, tokens.batches, folder=folder, progress=progress)
     network.calib_rewrites = plan.rewrites  # type: ignore[assignment]

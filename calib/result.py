@@ -29,25 +29,96 @@ from calib.model import Plan, Resident
 from calib.recipe import Recipe
 from calib.report import page, record
 from calib.report import write as write_report
+from calib.tuning import TuneRecipe
 
 
 @dataclass
-class Result:
+class Outcome:
+    """A model made, and what was said of it."""
+
+    network: nn.Module
+    tokenizer: Any
+    report: dict[str, Any]
+    seconds: dict[str, float]
+    data: TokenData
+    out: Path | None = None
+    peak_rss_mib: float | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.network
+
+    def save(
+        self,
+        out: str | os.PathLike[str],
+        format: Format = "auto",
+        *,
+        overwrite: bool = False,
+        verified: bool = True,
+    ) -> Path:
+        """Write the checkpoint; ``auto`` is compressed-tensors where it can express the model, else calib's.
+
+        The folder is reloaded in a fresh process, whose logits must match (``verified``), before it takes its
+        place: what lies at ``out`` is finished. Raises OutputError, VerifyError.
+        """
+        model = self.model
+        chosen = self._choose(format, compressed.expressible(model) if format in ("auto", compressed.FORMAT) else ())
+        finish = self._finisher(model, chosen, verified)
+        self.out = targets.save(
+            model, self.tokenizer, out, chosen, manifest=self._manifest(), overwrite=overwrite, finish=finish
+        )
+        return self.out
+
+    def _choose(self, format: Format, reasons: Sequence[str]) -> str:
+        chosen = format if format != "auto" else ("calib" if reasons else compressed.FORMAT)
+        if format == "auto" and reasons:
+            self.report["format"] = f"calib: compressed-tensors cannot express {'; '.join(reasons)}"
+        else:
+            self.report["format"] = chosen
+        return chosen
+
+    def _manifest(self) -> dict[str, Any]:
+        """What is noted of how it was made."""
+        raise NotImplementedError
+
+    def _drawn(self) -> dict[str, Any]:
+        return {"source": self.data.source, "fingerprint": self.data.fingerprint, "tokens": self.data.tokens}
+
+    def _write_report(self, stage: Path) -> None:
+        """For readers, beside the checkpoint."""
+
+    def _finisher(self, model: nn.Module, format: str, verified: bool) -> Callable[[Path], dict[str, Any]]:
+        """What verifies a written folder against the model and adds report and times to its manifest."""
+        start = time.perf_counter()
+        before = self.seconds.get("total", 0.0)
+        inputs = reference_batch(self.data[0])
+        reference = reference_of(model, inputs, format)
+        self.report.pop("verify", None)
+
+        def finish(stage: Path) -> dict[str, Any]:
+            written = time.perf_counter()
+            self.seconds["save"] = written - start
+            if verified:
+                self.report["verify"] = verify(stage, reference, inputs).as_dict()
+                self.seconds["verify"] = time.perf_counter() - written
+            self.seconds["total"] = before + time.perf_counter() - start
+            self.peak_rss_mib = peak_rss_mib()
+            self._write_report(stage)
+            return {"report": self.report, "seconds": self.seconds, "peak_rss_mib": self.peak_rss_mib}
+
+        return finish
+
+
+@dataclass(kw_only=True)
+class Result(Outcome):
     """What ``quantize`` gives: the plan, the report, the model.
 
     ``model`` gives the bits that the packed checkpoint gives on integer kernels. Where the weights were streamed it
     is loaded from ``out`` when first asked for.
     """
 
-    network: nn.Module
-    tokenizer: Any
     recipe: Recipe
     plan: Plan
-    report: dict[str, Any]
-    seconds: dict[str, float]
-    data: TokenData
-    out: Path | None = None
-    peak_rss_mib: float | None = field(default=None)
     about: dict[str, Any] = field(default_factory=dict)  # the float model; empty: no report was asked for
     pictures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -72,8 +143,7 @@ class Result:
             report=self.report,
             pictures=self.pictures,
             seconds=self.seconds,
-            data={"source": self.data.source, "fingerprint": self.data.fingerprint, "rows": self.data.rows}
-            | {"tokens": self.data.tokens},
+            data={**self._drawn(), "rows": self.data.rows},
             peak_rss_mib=self.peak_rss_mib,
             versions=checkpoint.versions(),
             disk_bytes=sum(file.stat().st_size for file in files if file.name in manifest["sha256"]) or None,
@@ -83,27 +153,6 @@ class Result:
     def report_html(self) -> str:
         """The report as one self-contained page."""
         return page(self.report_json())
-
-    def save(
-        self,
-        out: str | os.PathLike[str],
-        format: Format = "auto",
-        *,
-        overwrite: bool = False,
-        verified: bool = True,
-    ) -> Path:
-        """Write the checkpoint; ``auto`` is compressed-tensors where it can express the model, else calib's.
-
-        The folder is reloaded in a fresh process, whose logits must match (``verified``), before it takes its
-        place: what lies at ``out`` is finished. Raises OutputError, VerifyError.
-        """
-        model = self.model
-        chosen = self._choose(format, compressed.expressible(model) if format in ("auto", compressed.FORMAT) else ())
-        finish = self._finisher(model, chosen, verified)
-        self.out = targets.save(
-            model, self.tokenizer, out, chosen, manifest=self._manifest(), overwrite=overwrite, finish=finish
-        )
-        return self.out
 
     def publish(
         self,
@@ -131,36 +180,22 @@ class Result:
             self.network = load(whole, mode="fake")
             self.save(out, format, overwrite=overwrite, verified=verified)
 
-    def _choose(self, format: Format, reasons: Sequence[str]) -> str:
-        chosen = format if format != "auto" else ("calib" if reasons else compressed.FORMAT)
-        if format == "auto" and reasons:
-            self.report["format"] = f"calib: compressed-tensors cannot express {'; '.join(reasons)}"
-        else:
-            self.report["format"] = chosen
-        return chosen
+    def _manifest(self) -> dict[str, Any]:
+        return {"recipe": self.recipe.model_dump(mode="json"), "plan": self.plan.summary(), "data": self._drawn()}
+
+    def _write_report(self, stage: Path) -> None:
+        if self.about:
+            write_report(stage, self.report_json(stage))
+
+
+@dataclass(kw_only=True)
+class Tuned(Outcome):
+    """What ``tune`` gives: the model, in its report the loss before every step, and how the model it began with was
+    made.
+    """
+
+    recipe: TuneRecipe
+    origin: dict[str, Any]
 
     def _manifest(self) -> dict[str, Any]:
-        data = {"source": self.data.source, "fingerprint": self.data.fingerprint, "tokens": self.data.tokens}
-        return {"recipe": self.recipe.model_dump(mode="json"), "plan": self.plan.summary(), "data": data}
-
-    def _finisher(self, model: nn.Module, format: str, verified: bool) -> Callable[[Path], dict[str, Any]]:
-        """What verifies a written folder against the model and adds report and times to its manifest."""
-        start = time.perf_counter()
-        before = self.seconds.get("total", 0.0)
-        inputs = reference_batch(self.data[0])
-        reference = reference_of(model, inputs, format)
-        self.report.pop("verify", None)
-
-        def finish(stage: Path) -> dict[str, Any]:
-            written = time.perf_counter()
-            self.seconds["save"] = written - start
-            if verified:
-                self.report["verify"] = verify(stage, reference, inputs).as_dict()
-                self.seconds["verify"] = time.perf_counter() - written
-            self.seconds["total"] = before + time.perf_counter() - start
-            self.peak_rss_mib = peak_rss_mib()
-            if self.about:
-                write_report(stage, self.report_json(stage))
-            return {"report": self.report, "seconds": self.seconds, "peak_rss_mib": self.peak_rss_mib}
-
-        return finish
+        return {**self.origin, "tuning": self.recipe.model_dump(mode="json"), "tuning_data": self._drawn()}

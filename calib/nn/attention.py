@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from calib.errors import InputError
-from calib.quantizers import AffineSpec, fake_quantize_dynamic
+from calib.quantizers import AffineSpec, fake_quantize_dynamic, straight
 
 NAME = "calib_quantized"
 
@@ -33,8 +33,13 @@ class AttentionFormat:
         head, rest = x[:, :, : self.prefix], x[:, :, self.prefix :]
         for spec in (self.cache, self.matmuls):
             if spec is not None:
-                rest = fake_quantize_dynamic(rest, spec)
+                rest = _rounded(rest, spec)
         return torch.cat([head, rest], dim=2) if self.prefix else rest
+
+
+def _rounded(x: Tensor, spec: AffineSpec) -> Tensor:
+    """x on its grid; gradients pass as they are (its range is its own, so nothing clips)."""
+    return straight.standing(x, fake_quantize_dynamic(x.detach(), spec))
 
 
 def quantized_attention(
@@ -57,7 +62,7 @@ def quantized_attention(
     key = form.keys_or_values(key).repeat_interleave(groups, dim=1)
     value = form.keys_or_values(value).repeat_interleave(groups, dim=1)
     if form.matmuls is not None:
-        query = fake_quantize_dynamic(query, form.matmuls)
+        query = _rounded(query, form.matmuls)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -65,7 +70,7 @@ def quantized_attention(
         scores = scores + attention_mask[..., : key.shape[-2]]
     probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     if form.matmuls is not None:
-        probabilities = fake_quantize_dynamic(probabilities, form.matmuls)
+        probabilities = _rounded(probabilities, form.matmuls)
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 

@@ -1,4 +1,4 @@
-"""Straight-through gradients of the low-bit grids, as published: what recovery training needs.
+"""Straight-through gradients of the weight grids, as published: what recovery training needs.
 
 Scales broadcast against the weight: one a row [out, 1], one a group of a grouped view [out, n, 1], one in all [].
 """
@@ -13,10 +13,46 @@ from torch import Tensor
 from torch.autograd import Function
 
 from calib.errors import InputError
+from calib.quantizers.affine import AffineSpec, grouped
+from calib.quantizers.dual_binary import DualBinarySpec
+from calib.quantizers.weight import AnyWeight
 
 SMALLEST = 1e-5  # of a scale
 INSIDE = 0.99  # of a SEQ range: what lies beyond gets no gradient
 GELU_MINIMUM = -0.16997120747990369  # of x Phi(x), at x = -0.75179
+
+
+def on_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: AnyWeight) -> Tensor:
+    """The values [out, in] that a weight has on a grid, to the bit what its codes will decode to; published gradients.
+
+    scale: fp32, shaped as ``spec.scale_shape``; what is stored of it (fp16 of low-bit grids) is what counts. Ternary
+    grids whose scale is a statistic learn it here as LSQ does.
+    """
+    with torch.no_grad():
+        stored = scale.to(spec.scale_dtype)
+        values = spec.decode(spec.encode(weight, stored, zero_point), stored, zero_point).to(weight.dtype)
+    return standing(_surrogate(grouped(weight, spec), scale, zero_point, spec).view_as(weight), values)
+
+
+def standing(surrogate: Tensor, values: Tensor) -> Tensor:
+    """``values``, to the bit, with the gradient of ``surrogate``."""
+    made: Tensor = _Standing.apply(surrogate, values)
+    return made
+
+
+def _surrogate(view: Tensor, scale: Tensor, zero_point: Tensor, spec: AnyWeight) -> Tensor:
+    """What stands for the grouped weight on its grid, by the functions below."""
+    if isinstance(spec, AffineSpec):
+        return affine(view, scale, zero_point, spec)
+    if isinstance(spec, DualBinarySpec):
+        sign = torch.where(scale[..., :1] < 0, -1.0, 1.0)
+        a2 = (sign * scale[..., 1:]).clamp(max=-SMALLEST)
+        return sign * dual_binary(sign * view, torch.maximum(sign * scale[..., :1], SMALLEST - a2), a2)
+    if spec.kind == "seq":
+        return seq(view, scale * (1.5 if spec.levels == 3 else spec.levels), spec.levels)
+    if spec.kind == "lsq":
+        return lsq(view, scale, spec.levels)
+    return elastic_binary(view, scale) if spec.kind == "binary" else _learned_step(view, scale, -1, 1, _gain(view, 1))
 
 
 class _Scaled(Function):
@@ -55,6 +91,12 @@ def lsq(weight: Tensor, a: Tensor, levels: int) -> Tensor:
     """LSQ (ParetoQ at 3 and 4 bits): a clip(round(w / a), -levels/2, levels/2 - 1)."""
     low, high = -(levels // 2), levels // 2 - 1
     return _learned_step(weight, a, low, high, _gain(weight, high))
+
+
+def affine(x: Tensor, a: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
+    """LSQ (arXiv 1902.08153) on an affine grid whose zero point is held: a (clip(round(x / a) + z) - z)."""
+    zero = zero_point.to(x.dtype)
+    return _learned_step(x, a, spec.qmin - zero, spec.qmax - zero, _gain(x, spec.qmax))
 
 
 def elastic_binary(weight: Tensor, a: Tensor) -> Tensor:
@@ -112,11 +154,11 @@ def dual_binary(weight: Tensor, a1: Tensor, a2: Tensor) -> Tensor:
     return a1 * b1 + a2 * b2 + (a1 - a2).detach() * steps
 
 
-def _learned_step(x: Tensor, a: Tensor, low: int, high: int, gain: float) -> Tensor:
+def _learned_step(x: Tensor, a: Tensor, low: int | Tensor, high: int | Tensor, gain: float) -> Tensor:
     a = a.clamp(min=SMALLEST)
     with torch.no_grad():
         q = x / a
-        codes = q.round().clamp(low, high)
+        codes = q.round().clamp(low, high)  # type: ignore[arg-type]  # both numbers, or both tensors
         inside = (q >= low) & (q <= high)
         slope = torch.where(inside, codes - q, codes)
     return _Scaled.apply(x, a, codes * a, inside, slope, gain)
@@ -124,3 +166,15 @@ def _learned_step(x: Tensor, a: Tensor, low: int, high: int, gain: float) -> Ten
 
 def _gain(x: Tensor, largest: int) -> float:
     return 1.0 / math.sqrt(x.numel() * largest)
+
+
+class _Standing(Function):
+    """``values``, with the gradient of ``surrogate``."""
+
+    @staticmethod
+    def forward(ctx: Any, surrogate: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, up: Tensor) -> Any:
+        return up, None

@@ -1,12 +1,17 @@
-"""AdamW with warm-up and cosine decay over calibration batches, resumed to the same bits from a safetensors file."""
+"""AdamW with warm-up and cosine decay over calibration batches, resumed to the same bits from a safetensors file.
+
+Several processes (torchrun) take different batches of each step and average their gradients: two of them do what one
+does that accumulates over twice as many batches, to rounding.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -15,15 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from calib.errors import InputError, ModelError, NumericsError
-from calib.model import Batch, call_model
+from calib.errors import InputError, NumericsError
+from calib.model import Batch
 
 Loss = Callable[[Batch], Tensor]
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """steps: of one batch each. lr: of its peak; each group of parameters multiplies it by a factor of its own."""
+    """steps: of ``accumulate`` batches each, on every process. lr: of its peak; each group of parameters multiplies it
+    by a factor of its own. precision: of the forward pass (autocast); parameters keep their dtype.
+    """
 
     steps: int
     lr: float = 1e-4
@@ -32,21 +39,8 @@ class Tuning:
     clip: float = 1.0
     seed: int = 0
     every: int = 50  # steps between checkpoints
-
-
-def next_token_loss(model: nn.Module) -> Loss:
-    """Mean cross-entropy of each token given those before it, padding apart, in nats."""
-
-    def loss(batch: Batch) -> Tensor:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        logits = getattr(call_model(model, batch), "logits", None)
-        if logits is None or logits.shape[:2] != ids.shape:
-            cause = f"{type(model).__name__} gives no next-token logits to learn from"
-            raise ModelError(cause, "use a causal language model, or low_rank")
-        target = ids if mask is None else ids.masked_fill(mask == 0, -100)
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target[:, 1:].flatten())
-
-    return loss
+    accumulate: int = 1
+    precision: Literal["no", "bf16"] = "no"
 
 
 def tune(
@@ -57,50 +51,75 @@ def tune(
     *,
     buffers: Mapping[str, Tensor] | None = None,
     before_step: Callable[[int], None] | None = None,
+    after_step: Callable[[], None] | None = None,
     file: Path | None = None,
     progress: bool = False,
 ) -> list[float]:
     """Train the groups' parameters, each at its multiple of the rate, in place; the loss before every step.
 
     Batches come in an order drawn anew for each epoch from the seed. file: where state is kept; a run that finds one
-    goes on from it. buffers: what else is state, changed in place by before_step(step). NumericsError for a loss that
-    is not finite; InputError for a file of another run.
+    goes on from it. buffers: what else is state, changed in place by before_step(step). after_step: puts parameters
+    back where they must be. NumericsError for a loss that is not finite; InputError for a file of another run.
     """
     named = {name: p for parameters, _ in groups for name, p in parameters.items()}
     state = {**named, **(buffers or {})}
-    accelerator = Accelerator(cpu=next(iter(named.values())).device.type == "cpu")
+    on_cpu = next(iter(named.values())).device.type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu)
+    world, rank = accelerator.num_processes, accelerator.process_index
     optimizer = torch.optim.AdamW(
         [{"params": list(p.values()), "lr": tuning.lr * factor} for p, factor in groups], weight_decay=tuning.decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, tuning))
     optimizer = accelerator.prepare(optimizer)
-    about = json.dumps({**asdict(tuning), "state": {n: list(t.shape) for n, t in state.items()}}, sort_keys=True)
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    about = json.dumps({**asdict(tuning), "processes": world, "state": shapes}, sort_keys=True)
     losses = [] if file is None or not file.is_file() else _restore(file, about, named, state, optimizer, schedule)
     for parameter in named.values():
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad(), tqdm(total=tuning.steps, initial=len(losses), disable=not progress) as bar:
+        with (
+            torch.enable_grad(),
+            tqdm(total=tuning.steps, initial=len(losses), desc="tuning", disable=not progress or rank > 0) as bar,
+        ):
             for step in range(len(losses), tuning.steps):
                 if before_step is not None:
                     before_step(step)
-                value = loss(_batch(batches, step, tuning.seed))
-                accelerator.backward(value)
-                losses.append(float(value.detach()))
+                value = 0.0
+                for part in range(tuning.accumulate):
+                    place = (step * tuning.accumulate + part) * world + rank
+                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=tuning.precision == "bf16"):
+                        each = loss(_batch(batches, place, tuning.seed)) / tuning.accumulate
+                    accelerator.backward(each)
+                    value += float(each.detach())
+                losses.append(_mean_over_processes(accelerator, value, named.values()))
                 if not math.isfinite(losses[-1]):
                     raise NumericsError(f"the loss of step {step} is not finite", "lower the learning rate")
                 accelerator.clip_grad_norm_(named.values(), tuning.clip)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
+                if after_step is not None:
+                    after_step()
                 bar.update()
                 bar.set_postfix_str(f"loss {losses[-1]:.3f}")
-                if file is not None and ((step + 1) % tuning.every == 0 or step + 1 == tuning.steps):
+                if file is not None and rank == 0 and ((step + 1) % tuning.every == 0 or step + 1 == tuning.steps):
                     _save(file, about, named, state, optimizer, losses)
     finally:
         for parameter in named.values():
             parameter.requires_grad_(False)
             parameter.grad = None
     return losses
+
+
+def _mean_over_processes(accelerator: Accelerator, loss: float, parameters: Iterable[nn.Parameter]) -> float:
+    """The loss, and the parameters' gradients in place, averaged over processes."""
+    if accelerator.num_processes == 1:
+        return loss
+    for parameter in parameters:
+        if parameter.grad is None:  # an expert that no token of this process reached
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    return float(accelerator.reduce(torch.tensor(loss, dtype=torch.float64), "mean"))
 
 
 def _rate(step: int, tuning: Tuning) -> float:
@@ -110,10 +129,11 @@ def _rate(step: int, tuning: Tuning) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, tuning.steps - warm)))
 
 
-def _batch(batches: Sequence[Batch], step: int, seed: int) -> Batch:
-    epoch, place = divmod(step, len(batches))
+def _batch(batches: Sequence[Batch], place: int, seed: int) -> Batch:
+    """The batch at a place in the run, every epoch in an order of its own."""
+    epoch, index = divmod(place, len(batches))
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return batches[int(order[place])]
+    return batches[int(order[index])]
 
 
 def _save(
