@@ -131,7 +131,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
         cause = "has a prefix" if layers else "has no layers that recompute"
         raise InputError(f"the model {cause}, so its activations have to be kept", "leave out gradient checkpointing")
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
     finally:
