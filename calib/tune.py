@@ -54,7 +54,8 @@ def tune(
     ``db-llm``, ``ackd`` (calib.tuning.PRESETS). loss: ``ce``, ``kd``, ``dad``, ``tbt``, ``ackd``, or Terms. options:
     fields of calib.tuning.TuneRecipe (trainable, steps, lr, accumulate, precision, checkpointing, samples, seq_len,
     batch_size, seed, every, ...), gamma and temperature. out: the folder to write, by the same path as every export;
-    training state lies beside it until then, and the same call goes on where a killed one stopped.
+    training state lies beside it until then, and the same call, with model and teacher by name, goes on where a killed
+    one stopped.
 
     Raises InputError, DataError, ModelError, NumericsError, OutputError, VerifyError.
     """

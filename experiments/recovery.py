@@ -41,13 +41,14 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """One grid, rounded by one method, then trained or not."""
+    """One grid, rounded by one method, then trained or not. elastic: whether static input scales learn too."""
 
     name: str
     weights: AnyWeight
     recipe: TuneRecipe | None = None
     method: str = "rtn"
     inputs: AffineSpec | None = None
+    elastic: bool = True
 
 
 @dataclass(eq=False)
@@ -86,7 +87,7 @@ def bench(name: str) -> Bench:
     return Bench(small_llama(windows("train", 8192), held["valid"]), lambda seed: windows("train", 4096, seed), held)
 
 
-def small_llama(train: Tensor, valid: Tensor, steps: int = 900) -> PreTrainedModel:
+def small_llama(train: Tensor, valid: Tensor, steps: int = 200) -> PreTrainedModel:
     """Trained in float once, then cached."""
     folder = ROOT / "out/small-llama"
     if not folder.is_dir():
@@ -142,7 +143,13 @@ def run_arm(bench: Bench, arm: Arm, seed: int) -> Figures:
         training = Training(model, recipe.trainable, floats if "all" in recipe.trainable else {})
         value = objective(model, teacher, recipe.loss)
         settings = Tuning(**{name: getattr(recipe, name) for name in names}, seed=seed)
-        losses = tune(training.groups, value, batches(train), settings, after_step=training.project)
+        groups = [
+            ({n: p for n, p in group.items() if arm.elastic or not n.endswith("input_factor")}, rate)
+            for group, rate in training.groups
+        ]
+        losses = tune(
+            [each for each in groups if each[0]], value, batches(train), settings, after_step=training.project
+        )
         latents = {name: m.latent.detach() for name, m in training.linears.items() if m.latent is not None}
         if latents:
             moved = sum(float((w - floats[name].detach()).square().sum()) for name, w in latents.items())
@@ -177,15 +184,15 @@ class Results:
             start = time.process_time()
             figures = measure()
             done[str(seed)] = {**figures, "cpu_seconds": round(time.process_time() - start, 1)}
-            versions = {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "calib": calib.__version__,
-            }
-            about = {"machine": platform.machine(), "threads": torch.get_num_threads(), "versions": versions}
-            self.file.write_text(json.dumps({"settings": self.settings, **about, "cells": self.cells}, indent=1) + "\n")
+            self.save()
             print(name, f"seed {seed}", json.dumps(done[str(seed)]), flush=True)
         return done[str(seed)]
+
+    def save(self) -> None:
+        versions = {each.__name__: each.__version__ for each in (torch, transformers, calib)}
+        about = {"machine": platform.machine(), "threads": torch.get_num_threads(), "versions": versions}
+        everything = {"settings": self.settings, **about, "cells": self.cells}
+        self.file.write_text(json.dumps(everything, indent=1) + "\n")
 
     def table(self, columns: Sequence[str]) -> str:
         """Markdown: means over seeds, and their standard deviations where there are several."""
@@ -194,7 +201,7 @@ class Results:
             cells = []
             for column in columns:
                 values = [float(figures[column]) for figures in seeds.values() if column in figures]
-                spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+                spread = f" ± {statistics.stdev(values):.4f}" if len(set(values)) > 1 else ""
                 cells.append(f"{statistics.mean(values):.4f}{spread}" if values else "")
             lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
         return "\n".join(lines)

@@ -250,6 +250,30 @@ def test_every_loss_on_an_encoder_with_labels_and_its_reference(loss: str) -> No
     assert sum(losses[-4:]) < sum(losses[:4])
 
 
+def test_a_classifier_learns_from_a_table_of_labels(tmp_path: Path, byte_tokenizer: Any) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(byte_tokenizer), **sizes, initializer_range=0.2, max_position_embeddings=64)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "float")
+    byte_tokenizer.save_pretrained(tmp_path / "float")
+    rows = [f"{word} {i}\t{label}" for i in range(12) for word, label in (("good", 1), ("bad", 0))]
+    (tmp_path / "data.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    given = {"samples": 24, "seq_len": 32, "batch_size": 8, "progress": False}
+    result = calib.quantize(tmp_path / "float", "w4a4", "rtn", tmp_path / "data.tsv", **given)
+    with pytest.raises(CalibError, match="labels"):
+        calib.tune(result, tmp_path / "float", ["good", "bad"], preset="ackd", **given)
+    tuned = calib.tune(
+        result, tmp_path / "float", tmp_path / "data.tsv", preset="ackd", loss="ce", steps=30, lr=5e-3, **given
+    )
+    assert set(tuned.data[0]) == {"input_ids", "attention_mask", "labels"} and len(tuned.data) == 3
+    losses = tuned.report["loss"]
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6]), "the labels belong to their sentences"
+    given["seed"] = 1
+    again = calib.tune(result, tmp_path / "float", tmp_path / "data.tsv", preset="ackd", steps=2, **given)
+    assert again.data.fingerprint != tuned.data.fingerprint and len(again.report["loss"]) == 2
+
+
 def test_tbt_terms_reach_every_attention_of_an_encoder_decoder() -> None:
     student, teacher, batch = build("bart", 1), build("bart"), batches("bart")[0]
     terms = LOSSES["tbt"].model_copy(update={"logits": 0.0, "hidden": 0.0})

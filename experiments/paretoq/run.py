@@ -44,6 +44,7 @@ def recovered(results: Results, column: str) -> None:
         for seed, trained in results.cells.get(f"{name}, trained", {}).items():
             gap = results.cells[f"{name}, rounded"][seed][column] - whole
             trained["recovered"] = (results.cells[f"{name}, rounded"][seed][column] - trained[column]) / gap
+    results.save()
 
 
 def figure(results: Results, part: str) -> None:
@@ -88,7 +89,7 @@ def main() -> None:
                         arm = Arm(f"{name}, {kind}", weights, trained)
                         results.run(arm.name, seed, partial(run_arm, found, arm, seed))
     recovered(results, "test")
-    print(results.table(["bits", "test", "recovered", "movement", "cpu_seconds"]))
+    print(results.table(["bits", "test", "recovered", "movement"]))
     if args.figure:
         figure(results, args.part)
 
