@@ -256,14 +256,14 @@ def _recipe(
     basel_of(recipe)
     if recipe.truncates and prepare.world_size() > 1:
         raise InputError("truncation looks at the whole model in one process", "run without torchrun")
-    targets.refuse_recipe(format, recipe, dtype)
+    targets.refuse(format, recipe, dtype)
     return recipe
 
 
 def _plan(model: nn.Module, recipe: Recipe, tokens: TokenData, format: Format, store: Resident) -> Plan:
     """The plan, with all that is known before calibration checked against the recipe."""
     plan = make_plan(model, recipe, small_batch(tokens.batches, tokens=PLAN_TOKENS), store)
-    targets.refuse_model(format, model, plan.rewrites)
+    targets.refuse(format, recipe, torch.float32, model, plan.rewrites)
     _check_rotation(plan, recipe)
     return plan
 

@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from calib.errors import OutputError
 from calib.export.checkpoint import require_transformers, state, write_folder
-from calib.export.compressed import stock_config, zero_bias
+from calib.export.compressed import ATTENTION, stock_config, zero_bias
 from calib.export.files import Finish, finished, nbytes, staged
 from calib.export.weight_only import ACTIVATIONS, whole_model_reasons
 from calib.nn import ActivationQuantizer, LowRankLinear, QuantLinear, block_hadamard, changed_linears
@@ -29,7 +29,9 @@ FORMAT = "float"
 
 def refusals(recipe: Recipe) -> list[str]:
     """Why a recipe's result has no plain form that is the same model."""
-    return [ACTIVATIONS] if recipe.scheme.inputs is not None else []
+    scheme = recipe.scheme
+    reasons = [ACTIVATIONS] if scheme.inputs is not None else []
+    return reasons + [ATTENTION] * (scheme.attention is not None or scheme.kv is not None)
 
 
 def expressible(model: nn.Module) -> list[str]:

@@ -27,7 +27,13 @@ WRITERS: Mapping[str, Any] = {w.FORMAT: w for w in (checkpoint, compressed, plai
 STREAMED = (checkpoint.FORMAT, compressed.FORMAT, plain.FORMAT)  # written block by block; the others from the whole
 STOCK = (compressed.FORMAT, gptq.FORMAT, awq.FORMAT, gguf.FORMAT)  # hold no fused transform and no prefix
 PACKAGES = {gguf.FORMAT: ("gguf",), onnx.FORMAT: ("onnx", "onnxscript", "onnxruntime")}
-NEAREST = (compressed.FORMAT, onnx.FORMAT, gguf.FORMAT, plain.FORMAT)  # what is offered instead, in this order
+NEAREST = (
+    compressed.FORMAT,
+    onnx.FORMAT,
+    gguf.FORMAT,
+    awq.FORMAT,
+    plain.FORMAT,
+)  # what is offered instead, in this order
 
 
 def require(format: str) -> None:
@@ -40,23 +46,30 @@ def require(format: str) -> None:
         raise InputError(cause, f"pip install 'calib[{format}]'")
 
 
-def refuse_recipe(format: str, recipe: Recipe, dtype: torch.dtype) -> None:
-    """Raise InputError for what a format cannot hold of any result of the recipe, before anything is computed."""
-    if format == compressed.FORMAT:
-        reasons = compressed.refusals(recipe, dtype)
-    else:
-        refusals = getattr(WRITERS.get(format), "refusals", None)
-        reasons = [] if refusals is None else refusals(recipe)
-    if reasons:
-        raise InputError(f"{format} cannot express this: {'; '.join(reasons)}", "use --format calib, or auto")
+def refuse(
+    format: str,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    model: nn.Module | None = None,
+    rewrites: Sequence[Mapping[str, str]] = (),
+) -> None:
+    """Raise InputError for what a format cannot hold of any result of the recipe, before anything is computed.
+
+    model, rewrites: the float model and its plan's, where they are known already.
+    """
+
+    def why(each: str) -> list[str]:
+        writer: Any = WRITERS.get(each)  # None: auto
+        if each == compressed.FORMAT:
+            found = compressed.refusals(recipe, dtype)
+        else:
+            found = writer.refusals(recipe) if hasattr(writer, "refusals") else []
+        return found + (writer.unsuited(model, rewrites) if model is not None and hasattr(writer, "unsuited") else [])
+
+    if reasons := why(format):
+        nearest = next((each for each in NEAREST if each != format and not why(each)), checkpoint.FORMAT)
+        raise InputError(f"{format} cannot express this: {'; '.join(reasons)}", f"use --format {nearest}, or auto")
     require(format)
-
-
-def refuse_model(format: str, model: nn.Module, rewrites: Sequence[Mapping[str, str]]) -> None:
-    """Raise InputError for an architecture that a format does not hold. rewrites: the plan's."""
-    unsuited = getattr(WRITERS.get(format), "unsuited", None)
-    if why := [] if unsuited is None else unsuited(model, rewrites):
-        raise InputError(f"{format} cannot express this: {'; '.join(why)}", "use --format calib, or auto")
 
 
 def reasons(model: nn.Module, format: str) -> list[str]:

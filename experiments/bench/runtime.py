@@ -32,7 +32,7 @@ from calib.export.onnx import traced
 
 Batch = dict[str, torch.Tensor]
 Runner = Callable[[Batch], np.ndarray]
-CALIBRATION, TIMED, ROUNDS = 128, 48, 5
+CALIBRATION, TIMED, ROUNDS = 128, 48, 3
 HERE = Path(__file__).parent
 
 
