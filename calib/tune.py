@@ -20,10 +20,10 @@ from calib.errors import DataError, InputError, ModelError
 from calib.evaluate import peak_rss_mib
 from calib.export.files import MANIFEST, check_out
 from calib.export.load import load_pair
+from calib.export.targets import Format
 from calib.model import Batch
 from calib.nn import QuantLinear, changed_linears
 from calib.observers import ranks
-from calib.export.targets import Format
 from calib.result import Result, Tuned
 from calib.tuning import Terms, Training, TuneRecipe, Tuning, checkpointed, objective, tune_recipe
 from calib.tuning import tune as train
