@@ -17,7 +17,7 @@ from calib.export import checkpoint
 from calib.model import BlockInputs, Plan, Resident, Site, capture, make_plan, observing, small_batch
 from calib.model.plan import planned_fold
 from calib.observers import Range, outliers, picture, rows_of
-from calib.observers.picture import TOKENS
+from calib.observers.picture import MASSIVE, TOKENS
 from calib.prepare import Model
 from calib.recipe import Recipe, Scheme
 from calib.recipe import recipe as make_recipe
@@ -114,12 +114,14 @@ class Watch:
             site, full = each.site, f"{name}.{each.site.name}"
             lo, hi = each.all()
             absmax = torch.maximum(-lo, hi)
+            others = each.rest.absmax if each.rest.count else absmax
+            massive = each.first >= MASSIVE * float(others.amax())  # else a first token is a token as any other
             self.sites[full] = {
                 "site": site.kind,
                 "consumers": site.consumers,
                 "fold": planned_fold(site, self.recipe),
                 "note": site.note,
-                "outliers": outliers(lo, hi, each.first, each.rest.absmax if each.rest.count else absmax),
+                "outliers": outliers(lo, hi, each.first, others if massive else absmax),
                 "absmax_before": float(absmax.amax()),
             }
             self.pictures[full] = picture(each.head, lo, hi, (lo + hi) / 2)

@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from calib.data import TokenData
 from calib.errors import InputError
-from calib.evaluate.held import next_token_loss, single_rows
+from calib.evaluate.held import few, next_token_loss, single_rows
 from calib.model import Batch, BlockInputs, Plan, Resident, Stack, capture, run_after
 from calib.quantizers import AnyWeight
 from calib.recipe import SCHEMES, Override, Recipe, Scheme
 from calib.solvers import allocate, quantize_input, rounded
 
-ROWS, LENGTH = 4, 128  # that each change is measured on
+TOKENS, LENGTH = 512, 128  # that each change is measured on, in rows so long at most
 ERROR_ROWS = 256  # rows of an input that a format's error is measured on
 FORMATS = ("w2a16", "w3a16", "w4a16", "w4a8", "w6a6", "w8a8")  # whose weight formats are proposed
 FLOAT, FLOAT_BITS = "float", 32.0
@@ -52,7 +52,7 @@ class Sensitivity:
         if len(self.plan.stacks) != 1:
             raise InputError("sensitivity needs a model of one chain of blocks", "inspect it without --sensitivity")
         (stack,) = self.plan.stacks
-        rows = [{k: v[:, :LENGTH] for k, v in row.items()} for b in tokens for row in single_rows(b)][:ROWS]
+        rows = few([{k: v[:, :LENGTH] for k, v in row.items()} for b in tokens for row in single_rows(b)], TOKENS)
         self.stack, self.rows = stack, rows
         with torch.no_grad():
             with self.store.keeping():
@@ -231,7 +231,7 @@ def _counted(chosen: Mapping[str, str]) -> str:
     counts: dict[str, int] = {}
     for format in chosen.values():
         counts[format] = counts.get(format, 0) + 1
-    return ", ".join(f"{n} linears in {_weights(format)}" for format, n in sorted(counts.items()))
+    return ", ".join(f"{n} linear{'s' * (n > 1)} in {_weights(format)}" for format, n in sorted(counts.items()))
 
 
 def _weights(format: str) -> str:

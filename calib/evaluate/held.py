@@ -126,14 +126,14 @@ def held_rows(tokens: TokenData, again: dict[str, Any] | None) -> tuple[list[Bat
             if known.isdisjoint(_shingles(ids))
         ]
         if fresh:
-            return _few(fresh), True
-    return _few([row for batch in tokens for row in single_rows(batch)][::-1]), False
+            return few(fresh), True
+    return few([row for batch in tokens for row in single_rows(batch)][::-1]), False
 
 
-def _few(rows: Sequence[Batch]) -> list[Batch]:
-    """The first rows, up to 16 of them or about 2048 tokens."""
+def few(rows: Sequence[Batch], tokens: int = TOKENS) -> list[Batch]:
+    """The first rows, up to 16 of them or about so many tokens."""
     ends = np.cumsum([int(_real(row).sum()) for row in rows])
-    return list(rows[: min(ROWS, int(np.searchsorted(ends, TOKENS)) + 1)])
+    return list(rows[: min(ROWS, int(np.searchsorted(ends, tokens)) + 1)])
 
 
 def single_rows(batch: Batch) -> list[Batch]:

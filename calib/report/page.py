@@ -176,7 +176,9 @@ def _sensitivity(found: Mapping[str, Any] | None) -> str:
     )
     figures = [
         charts.bars(rows, "The linears that cost most, alone", f"added {metric}", colour="before"),
-        charts.columns(blocks, "Each block alone", f"added {metric}", "Whiskers: 95 % intervals over the rows."),
+        charts.columns(
+            blocks, "Each block alone", f"added {metric.split()[-1]}", "Whiskers: 95 % intervals over the rows."
+        ),
     ]
     said = f"<h2>Sensitivity at {_text(scheme)}</h2><p>{_text(about)}</p>{_grid(figures)}"
     if (advice := found["advice"]) is not None:
