@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from torch import nn
 
 from calib.data import TokenData
 from calib.engine import Journal
-from calib.errors import InputError
+from calib.errors import CalibError, InputError
 from calib.evaluate import peak_rss_mib
 from calib.export import checkpoint, compressed, targets
 from calib.export.files import MANIFEST
@@ -174,11 +174,15 @@ class Result(Outcome):
             finish = self._finisher(model, chosen, verified)
             self.out = write(out, format=chosen, manifest=self._manifest(), overwrite=overwrite, finish=finish)
             return
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            whole = Path(scratch) / "model"
-            write(whole, format=checkpoint.FORMAT, manifest={}, overwrite=False, finish=lambda _: {})
-            self.network = load(whole, mode="fake")
+        own = out.with_name(f"{out.name}-calib")  # finished before anything else can go wrong
+        finish = self._finisher(model, checkpoint.FORMAT, verified)
+        write(own, format=checkpoint.FORMAT, manifest=self._manifest(), overwrite=overwrite, finish=finish)
+        self.network = load(own, mode="fake")
+        try:
             self.save(out, format, overwrite=overwrite, verified=verified)
+        except CalibError as error:
+            raise type(error)(error.cause, f"{error.fix}; what was computed is in {own}") from error
+        shutil.rmtree(own)
 
     def _manifest(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json"), "plan": self.plan.summary(), "data": self._drawn()}

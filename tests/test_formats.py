@@ -189,6 +189,18 @@ def test_quantize_streams_and_writes_another_format(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 
+def test_what_was_computed_outlives_a_format_that_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(gguf, "expressible", lambda _: ["it is Tuesday"])
+    with pytest.raises(OutputError, match=r"Tuesday.*what was computed is in .*out-calib"):
+        calib.quantize(
+            tmp_path / "model", "w4a16", "rtn", batches("llama"), tmp_path / "out", samples=8, seq_len=24,
+            format="gguf", progress=False, verified=False, scheme_options={"weight_group": 32},
+        )  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out-calib"]
+    assert any(isinstance(m, QuantLinear) for m in calib.load(tmp_path / "out-calib").modules())
+
+
 def with_everything(model: Any) -> Any:
     """Every linear input shifted, scaled and rotated, every weight with a side branch; floats go in."""
     generator = torch.Generator().manual_seed(4)
