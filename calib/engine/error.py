@@ -11,6 +11,7 @@ from calib.nn import LowRankLinear, QuantLinear
 ROWS = 256  # of a site's sample, that the errors of its linears are measured on
 
 
+@torch.no_grad()
 def sqnr(module: QuantLinear | LowRankLinear, linear: nn.Linear, sample: Tensor) -> float:
     """10 log10(E|y|^2 / E|y - y'|^2) in dB: y the float linear's output, y' that of the module in its place.
 
