@@ -21,7 +21,8 @@ def tune(
     out: Annotated[str, Option(help="Folder to write the trained checkpoint to.")],
     teacher: Annotated[str | None, Option(help="The float model it came from; only loss ce does without.")] = None,
     data: Annotated[
-        str | None, Option(help="Text to train on, or labelled sentences; as for quantize. Default: built-in text.")
+        str | None,
+        Option(help="Text, labelled sentences, or self (the teacher writes). Default: built-in text."),
     ] = None,
     preset: Annotated[str | None, Option(help=f"A published recipe: {', '.join(PRESETS)}.")] = None,
     trainable: Annotated[

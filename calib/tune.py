@@ -49,13 +49,13 @@ def tune(
     """Train a quantized model on its grids until it answers more like its teacher, or better.
 
     model: a folder that ``quantize`` wrote, or its Result, whose network is changed in place. teacher: the float model
-    it came from (name, folder, or module); the loss compares with it, and latent weights start from it. data: as for
-    ``quantize``; of a classifier whose loss has a task, a table of sentences and labels. preset: ``paretoq``, ``tbt``,
-    ``db-llm``, ``ackd`` (calib.tuning.PRESETS). loss: ``ce``, ``kd``, ``dad``, ``tbt``, ``ackd``, or Terms. options:
-    fields of calib.tuning.TuneRecipe (trainable, steps, lr, accumulate, precision, checkpointing, samples, seq_len,
-    batch_size, seed, every, ...), gamma and temperature. out: the folder to write, by the same path as every export;
-    training state lies beside it until then, and the same call, with model and teacher by name, goes on where a killed
-    one stopped.
+    it came from (name, folder, or module); the loss compares with it, latent weights start from it. data: as for
+    ``quantize``, ``self`` written by the teacher; of a classifier whose loss has a task, a table of sentences and
+    labels. preset: ``paretoq``, ``tbt``, ``db-llm``, ``ackd`` (calib.tuning.PRESETS). loss: ``ce``, ``kd``, ``dad``,
+    ``tbt``, ``ackd``, or Terms. options: fields of calib.tuning.TuneRecipe (trainable, steps, lr, accumulate,
+    precision, checkpointing, samples, seq_len, batch_size, seed, every, ...), gamma and temperature. out: the folder
+    to write, by the same path as every export; training state lies beside it until then, and the same call, with model
+    and teacher by name, goes on where a killed one stopped.
 
     Raises InputError, DataError, ModelError, NumericsError, OutputError, VerifyError.
     """
@@ -73,7 +73,7 @@ def tune(
         guide = prepare.load_model(teacher, tokenizer, dtype, progress, streamed=False)[0]
         if guide is network:
             raise InputError("the teacher is the model that is trained", "load the float model again")
-    tokens = _tokens(network, tokenizer, data, recipe, asked, progress)
+    tokens = _tokens(network, guide, tokenizer, data, recipe, asked, progress)
     file = None
     if out is not None and not isinstance(model, Result) and not isinstance(teacher, nn.Module):
         about = prepare.fingerprint(model, recipe, tokens, dtype)
@@ -176,13 +176,20 @@ def _student(model: str | os.PathLike[str] | Result, dtype: torch.dtype, progres
 
 
 def _tokens(
-    network: nn.Module, tokenizer: Any, data: Data, recipe: TuneRecipe, asked: bool, progress: bool
+    network: nn.Module,
+    teacher: nn.Module | None,
+    tokenizer: Any,
+    data: Data,
+    recipe: TuneRecipe,
+    asked: bool,
+    progress: bool,
 ) -> TokenData:
     prefix = getattr(network, "calib_prefix", None)
     room = 0 if prefix is None else len(prefix)
     tables = recipe.loss.task > 0 and not prepare.is_generative(network)
     if not tables:
-        return prepare.model_tokens(network, tokenizer, data, recipe, asked=asked, prefix=room, progress=progress)
+        reader = teacher if teacher is not None and prepare.is_self(data) else network  # who writes well, writes
+        return prepare.model_tokens(reader, tokenizer, data, recipe, asked=asked, prefix=room, progress=progress)
     if not isinstance(data, (str, os.PathLike)):
         raise DataError("the task's loss needs labels", "give a table of sentences and labels, or use loss kd")
     return _labelled(network, tokenizer, data, recipe)

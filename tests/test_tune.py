@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 import calib
 from calib import cli
+from calib.data import generate_windows
 from calib.errors import CalibError, InputError
 from calib.nn import ActivationQuantizer, LowRankLinear, QuantLinear
 from calib.quantizers import AffineSpec, AnyWeight, DualBinarySpec, LevelSpec, straight
@@ -391,6 +392,15 @@ def test_the_command(folders: tuple[Path, Path, Path], tmp_path: Path, capsys: p
     assert not torch.equal(logits(tuned, ids), logits(start, ids))
     assert cli.run(["tune", str(tmp_path / "out"), "--loss", "ce", "--steps", "2", "--out", str(tmp_path / "two"), "-q",
                     "--samples", "2", "--seq-len", "32", "--no-verify"]) == 0, "a tuned model can be tuned"  # fmt: skip
+
+
+def test_the_teacher_writes_the_text(folders: tuple[Path, Path, Path]) -> None:
+    model, low, _ = folders
+    drawn = {"samples": 4, "seq_len": 16, "steps": 1, "progress": False}
+    teacher = calib.load(model)
+    tuned = calib.tune(low, teacher, "self", **drawn)  # type: ignore[arg-type]
+    wanted = generate_windows(teacher, calib.load_tokenizer(model), 4, 16, 0)
+    assert torch.equal(torch.cat([b["input_ids"] for b in tuned.data]), torch.cat([b["input_ids"] for b in wanted]))
 
 
 @pytest.mark.parametrize(
