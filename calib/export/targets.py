@@ -91,11 +91,11 @@ def save(
     finish: Finish | None = None,
 ) -> Path:
     """Write the model, complete or not at all. OutputError says why a format cannot hold it and which can."""
-    require(format)
     if why := reasons(model, format):
         nearest = next((each for each in NEAREST if each != format and not reasons(model, each)), checkpoint.FORMAT)
         more = ", or --weights-only" if all(ACTIVATIONS in reason for reason in why) else ""
         raise OutputError(f"{format} cannot express this model: {'; '.join(why)}", f"use --format {nearest}{more}")
+    require(format)
     path: Path = WRITERS[format].save(
         model, tokenizer, Path(out), manifest=manifest, overwrite=overwrite, finish=finish
     )
