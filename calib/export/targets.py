@@ -68,7 +68,12 @@ def refuse(
 
     if reasons := why(format):
         nearest = next((each for each in NEAREST if each != format and not why(each)), checkpoint.FORMAT)
-        raise InputError(f"{format} cannot express this: {'; '.join(reasons)}", f"use --format {nearest}, or auto")
+        raise InputError(
+            f"{format} cannot express this: {'; '.join(reasons)}",
+            "use --format calib, or auto"
+            if nearest == checkpoint.FORMAT
+            else f"use --format {nearest}, or --format calib",
+        )
     require(format)
 
 
