@@ -713,7 +713,7 @@ def test_a_quantized_module_given_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["calib.engine.run.Engine._block", "calib.engine.journal.save_file", "calib.export.verify._store"]
+    "where", ["calib.engine.run.Engine._block", "calib.engine.journal.save_file", "calib.export.verify.store_reference"]
 )
 def test_interrupted_wherever_it_is(
     where: str,
@@ -729,7 +729,7 @@ def test_interrupted_wherever_it_is(
     command = command_for(zoo, given, place / "out")
     monkeypatch.setattr(where, interrupt)
     assert cli.run(command) == 130
-    late = where.endswith("_store")
+    late = where.endswith("store_reference")
     one_line(capsys.readouterr(), "interrupted", "2 of 2 blocks are finished" if late else "nothing half-written")
     assert [p.name for p in place.iterdir()] == ([".out.partial"] if late else [])
 
