@@ -182,8 +182,8 @@ def test_memory_that_does_not_fit_names_the_flag() -> None:
 
     cost = _cost()
     with pytest.raises(InputError, match="use --dtype bfloat16 or give --max-memory") as caught:
-        refuse(cost, 12 * GIB)
-    refuse(_cost(dtype=torch.bfloat16), 12 * GIB)
+        refuse(cost, 10 * GIB)
+    refuse(_cost(dtype=torch.bfloat16), 10 * GIB)
     with pytest.raises(InputError, match=r"; give --max-memory [\d.]+GiB") as caught:
         refuse(cost, 2 * GIB)
     enough = float(caught.value.fix.removeprefix("give --max-memory ").removesuffix("GiB"))

@@ -282,6 +282,7 @@ def site_state(groups: int = 1) -> SiteState:
         moments=[Moments(5, gram=True) for _ in names],
         needs_moments=True,
         tokens=[0] * groups,
+        head=torch.empty(0, 5),
         detail={},
     )
     return state
