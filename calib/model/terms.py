@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ PLAN_ROWS, PREFIX_ROWS, PREFIX_TRIES = 128, 512, 6  # rows of the planning forwa
 VERIFY_ROWS = 128  # rows of the answer that is compared
 OBSERVE_PASSES = 3  # times an observed tensor is read
 INPUT_PASSES = 3  # times a Linear's input is passed over when it is quantized
+OUTPUT_PASSES = 8  # times what a site's Linears give is passed over on the way to what a context's loss compares
 MSE_PASSES, MINMAX_PASSES = 36 * 5, 6  # passes over a weight that find its ranges and round it
 OVERHEAD = 32 << 20  # allocator's reserve
 VERIFY_START = 8.0  # seconds until the fresh process of --verify has its libraries
@@ -273,13 +275,7 @@ def time_terms(
             if gptq:
                 seconds["observe"] += batches * 2 * tokens * n * n / (m.gemm * GIGA)  # X^T X
             if os_plus:
-                rows, scored = RANKED * RANK_ROWS + RESCORED * SAMPLE_ROWS, RESCORED
-                if site.context is not None and recipe.objective == "context":
-                    rows, scored = (RANKED + CONTEXT_RESCORED) * CONTEXT_ROWS, CONTEXT_RESCORED
-                flops = 2 * n * stacked * rows
-                passes = (RANKED + scored) * WEIGHT_PASSES * weight * 2
-                rate = m.gemm if scheme.inputs is None else m.packed  # integer products where both sides are integers
-                seconds["search"] += flops / (rate * GIGA) + passes / (m.copy * GIGA) + SEARCH_CALLS * m.call
+                seconds["search"] += _search(site, plan.blocks[name].sites, stacked, work, tokens, recipe, m)
             seconds["prove"] += PROBE_ROWS / tokens * float_batch  # each fold: the block once more
             # ranges and codes; GPTQ: two Cholesky factors and an inverse (n^3, in fp64), then every
             # column's error spread over the columns after it (n^2 a row)
@@ -307,6 +303,23 @@ def time_terms(
     if world > 1:  # statistics of every site meet once
         seconds["reduce"] = _statistics(bones, gptq) * 2 / (m.network * GIGA)
     return seconds
+
+
+def _search(
+    site: Site, sites: Sequence[Site], stacked: int, work: Work, tokens: int, recipe: Recipe, m: Machine
+) -> float:
+    """Seconds of one site's search. sites: of its block; stacked: outputs of its consumers; tokens: of work's batch."""
+    n = site.features
+    rate = m.gemm if recipe.scheme.inputs is None else m.packed  # integer products where both sides are integers
+    rows, scored, between = RANKED * RANK_ROWS + RESCORED * SAMPLE_ROWS, RESCORED, 0.0
+    if site.context is not None and recipe.objective == "context":
+        scored = CONTEXT_RESCORED
+        rows = (RANKED + scored) * CONTEXT_ROWS
+        between = rows * 4 * (INPUT_PASSES * n + OUTPUT_PASSES * stacked) / m.copy
+        if any(other.kind == "vo" and set(other.consumers) & set(site.stops) for other in sites):
+            between += rows / tokens * work.attention / m.attention
+    passes = (RANKED + scored) * WEIGHT_PASSES * 4 * n * stacked * 2
+    return (2 * n * stacked * rows / rate + passes / m.copy + between) / GIGA + SEARCH_CALLS * m.call
 
 
 def _forward(work: Work, m: Machine, packed: bool) -> float:
