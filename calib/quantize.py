@@ -15,6 +15,7 @@ from torch import nn
 from calib import auto, prepare
 from calib.data import Like, TokenData, sequence_limit
 from calib.engine import Engine, Journal, PrefixBuilder, choose_prefix, trained
+from calib.engine.memory import release_pages
 from calib.errors import CalibError, InputError
 from calib.evaluate import peak_rss_mib
 from calib.export import checkpoint, onnx, targets
@@ -157,8 +158,10 @@ def quantize(
             **({} if tried is None else {"auto": tried.trials}),
         }
         if held is not None:
+            release_pages()
             with _timed(seconds, "quality"):
                 found["quality"] = held.quality(network)
+            release_pages()
         seconds |= outcome.seconds | {"total": time.perf_counter() - started}
         result = Result(network, tokenizer, found, seconds, tokens, recipe=recipe, plan=plan, about=about)
         result.pictures, result.peak_rss_mib = outcome.pictures, peak_rss_mib()

@@ -60,6 +60,7 @@ class Held:
                 self._tops.append(out[0].argmax(-1))
             else:
                 self._wanted.append(out.clone())
+            del out  # before the next logits are made
 
     def _answers(self, model: nn.Module) -> Iterator[Tensor]:
         if len(self.stacks) != 1:
@@ -91,6 +92,7 @@ class Held:
             else:
                 want = self._wanted[i]
                 found.append(float((out - want).square().sum() / want.square().sum().clamp(min=1e-30)))
+            del out
         after, tokens = np.array(found), sum(int(_real(row).sum()) for row in self.rows)
         about: dict[str, Any] = {"held_out": self.held_out, "rows": len(self.rows), "tokens": tokens}
         if not self.predicts:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -137,51 +136,47 @@ def measure(model: str, options: dict[str, Any], baseline: float, limit: int = 0
     }
 
 
+def small(data: str | None, folder: Path, baseline: float) -> dict[str, Any]:
+    shape = {"samples": 32, "seq_len": 512, "batch_size": 4}
+    return measure("smollm2-135m", {**shape, "data": data, "out": str(folder / "small")}, baseline)
+
+
+def large(gigabytes: float, limit: float, folder: Path, baseline: float) -> dict[str, Any]:
+    """The streamed run under the limit, and the same in memory: the same bits?"""
+    make_llama(folder / "large", gigabytes)
+    run = {"samples": 8, "seq_len": 128, "batch_size": 4}
+    streamed = {**run, "vocabulary": VOCABULARY, "out": str(folder / "streamed")}
+    row = measure(str(folder / "large"), streamed, baseline, int(limit * 1e9))
+    data = [{"input_ids": ids} for ids in _ids(run)]
+    whole = calib.quantize(str(folder / "large"), method="os+", data=data, progress=False, **run)
+    whole.save(folder / "whole", verified=False)
+    a, b = tensors(folder / "streamed"), tensors(folder / "whole")
+    same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return {**row, "same_bits": same, "whole_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("small", "large"), help="keep what the JSON file has of the other")
     parser.add_argument("--large-gb", type=float, default=4.0)
     parser.add_argument("--limit-gb", type=float, default=2.5)
     parser.add_argument("--data", default="../shared/data/wikitext-2/valid.txt")
     parser.add_argument("--folder", type=Path, help="for the large model and its results; default: a temporary one")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    kept = options.json is not None and options.json.exists()
+    report: dict[str, Any] = json.loads(options.json.read_text()) if kept else {}
+    report["machine"] = machine()
     baseline = child({})["peak_mib"]
-    rows, same = [], None
-    data = options.data if Path(options.data).exists() else None
     with tempfile.TemporaryDirectory(dir=options.folder) as text:
-        folder = Path(text)
-        small = {"samples": 32, "seq_len": 512, "batch_size": 4, "data": data, "out": str(folder / "small")}
-        rows.append(measure("smollm2-135m", small, baseline))
-        make_llama(folder / "large", options.large_gb)
-        run = {"samples": 8, "seq_len": 128, "batch_size": 4}
-        limit = int(options.limit_gb * 1e9)
-        rows.append(
-            measure(
-                str(folder / "large"),
-                {**run, "vocabulary": VOCABULARY, "out": str(folder / "streamed")},
-                baseline,
-                limit,
-            )
-        )
-        whole = calib.quantize(
-            str(folder / "large"),
-            method="os+",
-            data=[{"input_ids": row} for row in _ids(run)],
-            progress=False,
-            **run,
-        )
-        whole.save(folder / "whole", verified=False)
-        a, b = tensors(folder / "streamed"), tensors(folder / "whole")
-        same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-        shutil.rmtree(folder / "large")
-    for row in rows:
-        print(", ".join(f"{name} {value}" for name, value in row.items()))
-    print(f"streamed = in memory, bit for bit: {same}")
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"in memory the large model took {own:.0f} MiB")
+        if options.only != "large":
+            report["small"] = small(options.data if Path(options.data).exists() else None, Path(text), baseline)
+        if options.only != "small":
+            report["large"] = large(options.large_gb, options.limit_gb, Path(text), baseline)
+    for name in ("small", "large"):
+        print(name, ", ".join(f"{key} {value}" for key, value in report.get(name, {}).items()))
     if options.json:
-        found = {"machine": machine(), "rows": rows, "same_bits": same, "whole_mib": round(own)}
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _ids(run: dict[str, int]) -> torch.Tensor:
