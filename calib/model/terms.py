@@ -28,7 +28,7 @@ SEARCH_CALLS = 100_000  # ops started for one site's search
 LOGIT_COPIES = 3  # fp32 logits alive when an answer is compared: it, the fresh process's, their difference
 # Logits a choice of a prefix holds at a time, beside their exponentials: so many that glibc maps them apart from the
 # rest and gives them back.
-LOGIT_BYTES = 64 << 20
+LOGIT_BYTES = 36 << 20
 HEAD = "embeddings or head, logits"
 PROBE_ROWS = 512  # rows of the small batch that folds are proven on
 PLAN_ROWS, PREFIX_ROWS, PREFIX_TRIES = 128, 512, 6  # rows of the planning forward; of the search for a prefix
