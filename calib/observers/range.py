@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,23 @@ def _scan(signed: np.ndarray, unsigned: Any, one_sign: np.ndarray, step: int) ->
     return top, deep, near
 
 
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="range")
+
+
+def _scan_threads(signed: np.ndarray, unsigned: Any, one_sign: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
+    """``_scan`` with as many threads as torch has, for numpy has one: of integers, in any order the same."""
+    threads = min(torch.get_num_threads(), signed.size // BLOCK)
+    if threads < 2:
+        return _scan(signed, unsigned, one_sign, step)
+    parts, masks = np.array_split(signed, threads), [one_sign.copy() for _ in range(threads)]
+    found = list(_pool(threads).map(_scan, parts, [unsigned] * threads, masks, [step] * threads))
+    one_sign &= np.logical_and.reduce(masks)
+    tops, deeps, nears = zip(*found, strict=True)
+    return np.maximum.reduce(tops), np.maximum.reduce(deeps), np.minimum.reduce(nears)
+
+
 class Range(Observer):
     """Running min and max of n channels, fp32; neither order nor merging nor processes change a bit of it."""
 
@@ -80,7 +99,7 @@ class Range(Observer):
         signed = rows.view(word).numpy()
         step = max(1, 4 * BLOCK // (rows.itemsize * rows.shape[1]))
         one_sign = (self.lo.numpy() > 0) | (self.hi.numpy() < 0)  # so far; of the others only new extremes matter
-        top, deep, near = _scan(signed, unsigned, one_sign, step)
+        top, deep, near = _scan_threads(signed, unsigned, one_sign, step)
         low = deep.view(top.dtype)
         hi = np.where(top >= 0, _floats(top, rows.dtype), -INF)
         lo = np.where(low < 0, _floats(low, rows.dtype), INF)
