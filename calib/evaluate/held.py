@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from calib.model import Batch, Resident, Stack, call_model, capture, run_after
 from calib.nn import Prefix
 
 TOKENS, LENGTH = 2048, 128  # that quality is measured on; whose logits are in memory at once
+AT_ONCE = 32  # logits that are copied for their loss
 ROWS, SHINGLE = 16, 16  # at most; tokens in common that make two rows of running text overlap
 
 
@@ -54,15 +56,17 @@ class Held:
         self.predicts = generates and not getattr(config, "is_encoder_decoder", False)
         self.rows = [part for row in rows for part in _parts(row)] if self.predicts else list(rows)
         self.losses, self._tops, self._wanted = list[float](), list[Tensor](), list[Tensor]()
-        for row, out in zip(self.rows, self._answers(model), strict=True):
-            if self.predicts:
-                self.losses.append(next_token_loss(out, row))
-                self._tops.append(out[0].argmax(-1))
-            else:
-                self._wanted.append(out.clone())
-            del out  # before the next logits are made
+        with contextlib.closing(self._answers(model)) as answers:
+            for row in self.rows:  # zip would hold an answer while the next one is made
+                out = next(answers)
+                if self.predicts:
+                    self.losses.append(next_token_loss(out, row))
+                    self._tops.append(out[0].argmax(-1))
+                else:
+                    self._wanted.append(out.clone())
+                del out
 
-    def _answers(self, model: nn.Module) -> Iterator[Tensor]:
+    def _answers(self, model: nn.Module) -> Generator[Tensor]:
         if len(self.stacks) != 1:
             yield from (output(model, row) for row in self.rows)
             return
@@ -85,14 +89,16 @@ class Held:
         and their differences from float have Student's t distribution."""
         found = []
         equal = 0
-        for i, (row, out) in enumerate(zip(self.rows, self._answers(model), strict=True)):
-            if self.predicts:
-                found.append(next_token_loss(out, row))
-                equal += int((out[0].argmax(-1) == self._tops[i])[_real(row)[0]].sum())
-            else:
-                want = self._wanted[i]
-                found.append(float((out - want).square().sum() / want.square().sum().clamp(min=1e-30)))
-            del out
+        with contextlib.closing(self._answers(model)) as answers:
+            for i, row in enumerate(self.rows):
+                out = next(answers)
+                if self.predicts:
+                    found.append(next_token_loss(out, row))
+                    equal += int((out[0].argmax(-1) == self._tops[i])[_real(row)[0]].sum())
+                else:
+                    want = self._wanted[i]
+                    found.append(float((out - want).square().sum() / want.square().sum().clamp(min=1e-30)))
+                del out
         after, tokens = np.array(found), sum(int(_real(row).sum()) for row in self.rows)
         about: dict[str, Any] = {"held_out": self.held_out, "rows": len(self.rows), "tokens": tokens}
         if not self.predicts:
@@ -146,7 +152,8 @@ def single_rows(batch: Batch) -> list[Batch]:
 def next_token_loss(logits: Tensor, row: Batch) -> float:
     """Mean over the real tokens of one row [1, T, vocabulary], nats."""
     ids, mask = row["input_ids"][0], row.get("attention_mask")
-    losses = F.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="none")
+    parts = zip(logits[0, :-1].split(AT_ONCE), ids[1:].split(AT_ONCE), strict=True)
+    losses = torch.cat([F.cross_entropy(part.float(), to, reduction="none") for part, to in parts])
     return float(losses.mean() if mask is None else losses[mask[0, 1:].bool()].mean())
 
 

@@ -32,6 +32,7 @@ LOGIT_BYTES = 36 << 20
 HEAD = "embeddings or head, logits"
 PROBE_ROWS = 512  # rows of the small batch that folds are proven on
 PLAN_ROWS, PREFIX_ROWS, PREFIX_TRIES = 128, 512, 6  # rows of the planning forward; of the search for a prefix
+QUALITY_ROWS = 2048  # rows that the report's quality is measured on, before and after
 VERIFY_ROWS = 128  # rows of the answer that is compared
 OBSERVE_PASSES = 3  # times an observed tensor is read
 INPUT_PASSES = 3  # times a Linear's input is passed over when it is quantized
@@ -250,12 +251,14 @@ def time_terms(
             "refine",
             "spill",
             "write",
+            "quality",
             "verify",
         ),
         0.0,
     )
     source = source_bytes(bones, bones.config)
     tokens = bones.rows * bones.tokens
+    judged = min(QUALITY_ROWS, recipe.samples * bones.tokens)
     for name in plan.blocks:
         work = bones.work[name]
         float_batch, packed_batch = _forward(work, m, False), _forward(work, m, True)
@@ -270,6 +273,7 @@ def time_terms(
             # every consumer quantizes its own input
             inputs = INPUT_PASSES * 4 * n * tokens * len(consumers) if scheme.inputs is not None else 0
             seconds["propagate"] += batches * inputs / (m.copy * GIGA)
+            seconds["quality"] += judged / tokens * inputs / (m.copy * GIGA)
             # ... and the statistics' passes over every site's input (experts see a share each)
             seconds["observe"] += batches * OBSERVE_PASSES * 4 * n * tokens / (m.copy * GIGA)
             if gptq:
@@ -286,11 +290,15 @@ def time_terms(
                 ) + COLUMN_CALLS * n * m.call
         seconds["prove"] += 3 * PROBE_ROWS / tokens * float_batch  # before, at the end, its rounding noise
         seconds["propagate"] += batches * packed_batch
+        seconds["quality"] += 2 * judged / tokens * float_batch  # the float model, and the quantized one simulated
         if recipe.refine:  # a float forward for the targets; then a forward and a backward, of two, a step
             seconds["refine"] += (batches + 3 * recipe.refine) * float_batch
         # planning runs every block on a few rows once, and once a fold; a prefix is chosen by float forwards
         few = (1 + len(sites)) * PLAN_ROWS + (PREFIX_TRIES * PREFIX_ROWS if scheme.static else 0)
         seconds["plan"] += few / tokens * float_batch
+    logits = 4 * judged * _classes(bones)
+    width = getattr(bones.config.get_text_config(), "hidden_size", 0)
+    seconds["quality"] += logits * (width / m.gemm + 2 * OUTPUT_PASSES / m.pointwise) / GIGA
     # the weights come from disk for the plan and for the run, and once to be hashed
     seconds["read"] = 2 * source / (m.read * GIGA)
     seconds["fingerprint"] = source * (1 / m.read + 1 / m.sha) / GIGA
