@@ -51,6 +51,7 @@ class Arm:
 
 PLAIN: dict[str, Any] = {"prefix": "none", "sites": FOLDS}  # as published: folds only, no prefix
 ON: dict[str, Any] = {"prefix": "on"}
+LEARNED: dict[str, Any] = {**ON, "refine": 40, "batch_size": 2}  # rounding and clipping, by each block's output
 WEIGHT_ONLY = [
     Arm("rtn, min-max", "rtn", {**PLAIN, "scheme_options": {"weight_range": "minmax"}}),
     Arm("rtn", "rtn", PLAIN),
@@ -59,7 +60,7 @@ WEIGHT_ONLY = [
     Arm("gptq, prefix", "gptq", ON),
     Arm("gptaq, prefix", "gptaq", ON),
     Arm("rotate,gptaq, prefix", "rotate,gptaq", ON),
-    Arm("gptaq, prefix, learned", "gptaq", {**ON, "refine": 60, "batch_size": 2}),
+    Arm("gptaq, prefix, learned", "gptaq", LEARNED),
     Arm("auto", "auto"),
 ]
 BOTH = [
@@ -82,6 +83,7 @@ ROUNDED = [
     Arm("hadamard,os+,gptq, prefix", "hadamard,os+,gptq", ON, more=True),
     Arm("hadamard,os+,gptaq, prefix", "hadamard,os+,gptaq", ON),
     Arm("rotate,os+,gptaq, prefix", "rotate,os+,gptaq", ON),
+    Arm("rotate,os+,gptaq, prefix, learned", "rotate,os+,gptaq", LEARNED),
 ]
 SAMPLES = [Arm(f"os+, {n} samples", "os+", {**PLAIN, "samples": n}, more=True) for n in (1, 4, 16, 128)]
 
