@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from calib.engine.memory import release_pages
 from calib.errors import InputError
 from calib.model import Batch, Call, Plan, call_model, observing
 from calib.model.terms import LOGIT_BYTES
@@ -81,6 +82,7 @@ def choose_prefix(
     candidates = _candidates(model, tokenizer)
     if not candidates:
         return (), f"prefix: none, no candidate token (first token is {ratio:.0f} times the others at {where})"
+    release_pages()
     losses = _losses_after(model, candidates, batch)
     token = candidates[losses.index(min(losses))]
     shown = "" if tokenizer is None else f" {tokenizer.decode([token])!r}"
@@ -126,6 +128,7 @@ def _losses_after(model: nn.Module, tokens: Sequence[int], batch: Batch) -> list
     head = model.get_output_embeddings()  # type: ignore[operator]
     with torch.no_grad(), _last_logits_only(head) as hidden:
         call_model(model, {"input_ids": with_prefix})
+        release_pages()  # the blocks' free memory would lie under the logits
         before = hidden[0][:, 1:-1].flatten(0, 1)
         wanted = ids[:, 1:].repeat(len(tokens), 1).flatten()
         at_once = max(1, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size))  # type: ignore[union-attr,operator]
