@@ -7,7 +7,7 @@
     python -m experiments.accuracy.run figure           # accuracy.png: each method's loss over float, by scheme
 
 A cell is one model, scheme, method and seed. Finished cells are kept in results-<model>.json and skipped; --all adds
-the ablations. Calibration: 64 x 512 tokens of WikiText-2's validation text (the seed draws them), 128 training
+the ablations. Calibration: 32 x 512 tokens of WikiText-2's validation text (the seed draws them), 128 training
 sentences of SST-2 and STS-B; test splits only judge, and what was chosen between was chosen on other data. Weight-only
 schemes are symmetric in groups of 64.
 """
@@ -57,10 +57,11 @@ WEIGHT_ONLY = [
     Arm("rtn", "rtn", PLAIN),
     Arm("awq", "awq", PLAIN),
     Arm("gptq", "gptq", PLAIN),
-    Arm("gptq, prefix", "gptq", ON),
-    Arm("gptaq, prefix", "gptaq", ON),
-    Arm("rotate,gptaq, prefix", "rotate,gptaq", ON),
-    Arm("gptaq, prefix, learned", "gptaq", LEARNED),
+    Arm("gptq, prefix", "gptq", ON, more=True),
+    Arm("gptaq, prefix", "gptaq", ON, more=True),
+    Arm("rotate,gptq, prefix", "rotate,gptq", ON, more=True),
+    Arm("gptq, prefix, learned", "gptq", LEARNED),
+    Arm("rotate,gptq, prefix, learned", "rotate,gptq", LEARNED),
     Arm("auto", "auto"),
 ]
 BOTH = [
@@ -80,10 +81,11 @@ BOTH = [
     Arm("auto", "auto"),
 ]
 ROUNDED = [
-    Arm("hadamard,os+,gptq, prefix", "hadamard,os+,gptq", ON, more=True),
-    Arm("hadamard,os+,gptaq, prefix", "hadamard,os+,gptaq", ON),
-    Arm("rotate,os+,gptaq, prefix", "rotate,os+,gptaq", ON),
-    Arm("rotate,os+,gptaq, prefix, learned", "rotate,os+,gptaq", LEARNED),
+    Arm("hadamard,os+,gptq, prefix", "hadamard,os+,gptq", ON),
+    Arm("rotate,os+,gptq, prefix", "rotate,os+,gptq", ON),
+    Arm("rotate,os+,gptaq, prefix", "rotate,os+,gptaq", ON, more=True),
+    Arm("hadamard,os+,gptq, prefix, learned", "hadamard,os+,gptq", LEARNED, more=True),
+    Arm("rotate,os+,gptq, prefix, learned", "rotate,os+,gptq", LEARNED),
 ]
 SAMPLES = [Arm(f"os+, {n} samples", "os+", {**PLAIN, "samples": n}, more=True) for n in (1, 4, 16, 128)]
 
@@ -146,7 +148,7 @@ class Driver:
 
 
 DRIVERS = {
-    "smollm2": Driver("smollm2-135m", WIKITEXT / "valid.txt", {"samples": 64, "seq_len": 512}, smollm2, "perplexity"),
+    "smollm2": Driver("smollm2-135m", WIKITEXT / "valid.txt", {"samples": 32, "seq_len": 512}, smollm2, "perplexity"),
     "minilm-sst2": Driver(SST2_MODEL, SST2 / "train.tsv", {"samples": 128}, minilm_sst2, "logits_mse"),
     "minilm-stsb": Driver("minilm-l6", STSB / "sts-train.tsv", {"samples": 128}, minilm_stsb, "spearman"),
 }
