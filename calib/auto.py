@@ -28,11 +28,13 @@ from calib.export.files import write_json, writing
 from calib.export.hf import set_mode
 from calib.model import Batch
 from calib.observers import ranks
+from calib.quantizers import AffineSpec
 from calib.recipe import Scheme
 from calib.recipe import recipe as make_recipe
 
 SECONDS = 600.0  # for all trials, unless the caller says otherwise
 TRIAL_ROWS, HELD_ROWS = 16, 8  # windows that a trial calibrates on, and that judge it
+LEARNED = {"refine": 40, "batch_size": 2}  # rounding and clipping, once the recipe is chosen: a step takes a batch
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Candidate:
     method: str
     options: Mapping[str, Any]
 
+    def options_with(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The caller's options, and the candidate's where the caller leaves them open: None or ``auto``."""
+        return {**given, **{name: value for name, value in self.options.items() if given.get(name) in (None, "auto")}}
+
     def __str__(self) -> str:
         return " ".join([self.method, *(f"{key}={value}" for key, value in self.options.items())])
 
@@ -50,16 +56,17 @@ def candidates(scheme: Scheme, stock: bool = False) -> list[Candidate]:
     """What is tried at a scheme, the best known first. stock: only what loads without calib."""
     bits = scheme.weights.bits if scheme.inputs is None else min(scheme.weights.bits, scheme.inputs.bits)
     rounding = "" if bits == 8 else ",gptq"
+    learns = bits <= 4 and isinstance(scheme.weights, AffineSpec)
     if stock:
         names = ["gptq", "awq,gptq"] if scheme.inputs is None else [f"os+{rounding}", f"smoothquant:0.8{rounding}"]
         return [Candidate(name, {}) for name in names]
     if scheme.inputs is None:
-        names = ["rotate,gptq", "gptq", "awq,gptq"]
+        names = ["gptq", "rotate,gptq"]
     elif bits <= 4:
         names = ["rotate,os+,gptq", "hadamard,os+,gptq"]
     else:
         names = [f"hadamard,os+{rounding}", f"rotate,os+{rounding}", f"os+{rounding}"]
-    return [Candidate(name, {"prefix": "on"}) for name in names]
+    return [Candidate(name, {"prefix": "on", **(LEARNED if learns else {})}) for name in names]
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ def tried(
     stock = common["format"] == "compressed-tensors"
     found = candidates(scheme, stock)
     rows = min(int(options.get("samples", 128)), TRIAL_ROWS + HELD_ROWS)
-    recipe = make_recipe(scheme, found[0].method, stock, **{**found[0].options, **options, "samples": rows})
+    recipe = make_recipe(scheme, found[0].method, stock, **{**found[0].options_with(options), "samples": rows})
     prepare.join_ranks(model, out)
     why = "no time for trials" if limit <= 0 else "several processes" if ranks.world() > 1 else prepare.too_large(model)
     if why:
@@ -204,7 +211,7 @@ def tried(
         return Tried(*kept, f"auto: {kept[0]}, as chosen before the run was stopped", memory)
 
     def attempt(candidate: Candidate, batches: list[Batch]) -> nn.Module:
-        few = {**common, **candidate.options, **options, "samples": rows, "refine": 0, "progress": False}
+        few = {**common, **candidate.options_with(options), "samples": rows, "refine": 0, "progress": False}
         few |= {"tokenizer": tokenizer, "report": False}
         model: nn.Module = quantize(copy.deepcopy(network), scheme, candidate.method, batches, **few).network
         return model

@@ -49,7 +49,9 @@ Data = Annotated[
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows or sentences.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
 Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Windows run at once.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Windows run at once. Default: 8, or what auto's recipe says.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
 Dtype = Annotated[str, typer.Option(help=f"Floats to load in: {', '.join(DTYPES)}.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Memory a process may take, like 20GiB.")]
@@ -68,7 +70,7 @@ def quantize(
     seq_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens a window. Default: 512, or the model's limit.")
     ] = None,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
@@ -131,7 +133,7 @@ def plan(
     recipe: RecipeOptions,
     samples: Samples = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     max_memory: MaxMemory = None,
     out: Annotated[str | None, typer.Option(help="Where the checkpoint would go: whose disk is measured.")] = None,
     prove: Annotated[bool, typer.Option("--prove", help="Read the weights and prove each fold.")] = False,
@@ -183,7 +185,7 @@ def inspect(
     scheme_out: Annotated[Path | None, typer.Option(help="Write them to this .json, for quantize --scheme.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows or sentences to look at.")] = 16,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens a window. Default: 256.")] = None,
-    batch_size: BatchSize = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows run at once.")] = 4,
     seed: Seed = 0,
     threads: Threads = None,
     as_json: Json = False,

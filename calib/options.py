@@ -96,7 +96,12 @@ class RecipeOptions:
         "context"
     )
     damp: Annotated[float, Option(min=0.0, help="Damping of gptq, of the mean of its diagonal.")] = 0.01
-    refine: Annotated[int, Option(min=0, help="Steps of learned rounding and clipping for each block; 0: none.")] = 0
+    refine: Annotated[
+        int | None,
+        Option(
+            min=0, help="Steps of learned rounding and clipping for each block. Default: 0, or what auto's recipe says."
+        ),
+    ] = None
     inputs: Annotated[str, Option(help="Calibrate a block on quantized or float outputs of those before it.")] = (
         "quantized"
     )

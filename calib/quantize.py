@@ -84,7 +84,7 @@ def quantize(
             formats = make_scheme(scheme, **(scheme_options or {}))
             kept = None if overwrite else out
             tried = auto.tried(quantize, model, formats, data, kept, auto_seconds, common, options)
-        method, options = tried.candidate.method, {**tried.candidate.options, **options}
+        method, options = tried.candidate.method, tried.candidate.options_with(options)
         recipe = _recipe(scheme, method, format, dtype, scheme_options, options)
     prepare.join_ranks(model, out)
     progress = progress and ranks.rank() == 0

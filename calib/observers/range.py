@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ WORDS = {
     torch.bfloat16: (torch.int16, np.uint16),
     torch.float16: (torch.int16, np.uint16),
 }
+WIDE = 5 << 10  # bytes of a row that numpy's loop likes
 INF, ZERO = np.float32(np.inf), np.float32(0)  # adding 0 makes -0 and 0 one
 
 
@@ -44,21 +43,22 @@ def _scan(signed: np.ndarray, unsigned: Any, one_sign: np.ndarray, step: int) ->
     return top, deep, near
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="range")
-
-
-def _scan_threads(signed: np.ndarray, unsigned: Any, one_sign: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
-    """``_scan`` with as many threads as torch has, for numpy has one: of integers, in any order the same."""
-    threads = min(torch.get_num_threads(), signed.size // BLOCK)
-    if threads < 2:
+def _scan_folded(signed: np.ndarray, unsigned: Any, one_sign: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
+    """``_scan`` of narrow rows, several taken as one: a row of half types is short for numpy's loop."""
+    rows, n = signed.shape
+    fold = max(1, WIDE // (signed.itemsize * n)) if signed.flags.c_contiguous else 1
+    whole = rows // fold * fold
+    if fold == 1 or not whole:
         return _scan(signed, unsigned, one_sign, step)
-    parts, masks = np.array_split(signed, threads), [one_sign.copy() for _ in range(threads)]
-    found = list(_pool(threads).map(_scan, parts, [unsigned] * threads, masks, [step] * threads))
-    one_sign &= np.logical_and.reduce(masks)
-    tops, deeps, nears = zip(*found, strict=True)
-    return np.maximum.reduce(tops), np.maximum.reduce(deeps), np.minimum.reduce(nears)
+    wide = np.tile(one_sign, fold)
+    parts = [
+        [x.reshape(fold, n) for x in _scan(signed[:whole].reshape(-1, fold * n), unsigned, wide, max(1, step // fold))]
+    ]
+    one_sign &= wide.reshape(fold, n).all(0)
+    if whole < rows:
+        parts.append([x[None] for x in _scan(signed[whole:], unsigned, one_sign, step)])
+    tops, deeps, nears = (np.concatenate(of) for of in zip(*parts, strict=True))
+    return tops.max(0), deeps.max(0), nears.min(0)
 
 
 class Range(Observer):
@@ -99,7 +99,7 @@ class Range(Observer):
         signed = rows.view(word).numpy()
         step = max(1, 4 * BLOCK // (rows.itemsize * rows.shape[1]))
         one_sign = (self.lo.numpy() > 0) | (self.hi.numpy() < 0)  # so far; of the others only new extremes matter
-        top, deep, near = _scan_threads(signed, unsigned, one_sign, step)
+        top, deep, near = _scan_folded(signed, unsigned, one_sign, step)
         low = deep.view(top.dtype)
         hi = np.where(top >= 0, _floats(top, rows.dtype), -INF)
         lo = np.where(low < 0, _floats(low, rows.dtype), INF)
