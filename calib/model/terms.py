@@ -306,6 +306,7 @@ def time_terms(
     seconds["spill"] = len(plan.blocks) * spilled * (1 / m.read + 1 / m.write) / GIGA
     written = file_bytes(output)
     seconds["write"] = written * (1 / m.write + 1 / m.sha) / GIGA
+    seconds["quality"] += (source + written) / (m.read * GIGA)
     # the reference answer, then the fresh process: both read what was written, which is hashed on the way
     seconds["verify"] = VERIFY_START + written * (2 / m.read + 1 / m.sha) / GIGA
     if world > 1:  # statistics of every site meet once
