@@ -3,7 +3,7 @@
     python -m experiments.accuracy.rivals.run [--only 'w4a16, auto-round'] [--seed 0] [--environments DIR]
     python -m experiments.accuracy.rivals.run --show
 
-The float model and the token windows (64 x 512 of WikiText-2's validation text drawn by the seed, 40 x 512 of its test
+The float model and the token windows (32 x 512 of WikiText-2's validation text drawn by the seed, 40 x 512 of its test
 text) are written once; an arm reads them, quantizes in memory and prints one JSON line. Finished cells are kept in
 results.json and skipped; a rival that refuses or fails leaves its last line as the cell.
 """
@@ -48,7 +48,7 @@ def prepare(folder: Path, seed: int) -> None:
     model, tokenizer = load_model("smollm2-135m", progress=False)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    drawn = calibration_data(WIKITEXT / "valid.txt", tokenizer, 64, 512, seed, pack=True, batch_size=64)
+    drawn = calibration_data(WIKITEXT / "valid.txt", tokenizer, 32, 512, seed, pack=True, batch_size=32)
     text = (WIKITEXT / "test.txt").read_text(encoding="utf-8")
     test = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][: 40 * 512]).view(40, 512)
     save_file({"calibration": drawn[0]["input_ids"].contiguous(), "test": test}, folder / "data.safetensors")
