@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from calib.errors import InputError
 from calib.nn import ActivationQuantizer, QuantLinear, best_block, block_hadamard, hadamard_matrix, kernels
+from calib.nn import codes as shared_codes
 from calib.quantizers import AffineSpec, fake_quantize, qparams, weight_range
 
 STATIC = AffineSpec(8, False, "tensor")
@@ -269,7 +270,7 @@ def test_blocks_of_rows_and_tiles_of_weights_do_not_matter(inputs: str, monkeypa
         module = linear(40, 48, WEIGHTS[weights], INPUTS[inputs], float_rows=float_rows, shift=True, hadamard=16)
         whole = module.set_mode("packed")(x)
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "BLOCK", 100)
+            patch.setattr(shared_codes, "BLOCK", 100)
             patch.setattr(kernels, "TILE", 1)
             assert torch.allclose(module.set_mode("packed")(x), whole, rtol=0, atol=5e-6 * float(whole.abs().max()))
             assert_packed_is_fake(module, x, 5e-6)
@@ -388,6 +389,53 @@ def test_gradients_and_inference_mode() -> None:
     assert not module.set_mode("packed")(x).requires_grad
 
 
+# one input, several layers
+
+
+@pytest.mark.parametrize("spec", [TOKEN, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_layers_of_one_input_share_its_codes(spec: AffineSpec, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, x = linear(16, 32, AffineSpec(8), spec), linear(24, 32, AffineSpec(8), spec), torch.randn(rows, 32)
+    second.input = copy.deepcopy(first.input)
+    wanted = [module.set_mode("packed")(x.clone()) for module in (first, second)]
+    made: list[Tensor] = []
+    real = shared_codes.quantized
+    monkeypatch.setattr(shared_codes, "quantized", lambda q, t: made.append(t) or real(q, t))  # type: ignore[func-returns-value]
+    with torch.no_grad():
+        for order in ((first, second), (second, first)):
+            x = x.clone()
+            got = {module: module(x) for module in order}
+            assert torch.equal(got[first], wanted[0]) and torch.equal(got[second], wanted[1])
+        assert len(made) == 2
+
+
+def test_codes_of_a_changed_input_or_another_grid_are_not_shared() -> None:
+    first = linear(16, 32, AffineSpec(8), TOKEN).set_mode("packed")
+    other = linear(16, 32, AffineSpec(8), TOKEN).set_mode("packed")
+    shifted = linear(16, 32, AffineSpec(8), TOKEN, shift=True).set_mode("packed")
+    x = torch.randn(4, 32)
+    with torch.no_grad():
+        first(x)
+        x.mul_(3)  # in place, between two layers
+        assert torch.equal(other(x), other(x.clone()))
+        first(x)
+        assert torch.equal(shifted(x), shifted(x.clone()))
+    with torch.inference_mode():
+        y = x.clone()
+        first(y)
+        y.mul_(3)
+        assert torch.equal(other(y), other(y.clone()))
+
+
+def test_shared_codes_do_not_outlive_their_input() -> None:
+    module, x = linear(16, 32, AffineSpec(8), TOKEN).set_mode("packed"), torch.randn(4, 32)
+    with torch.no_grad():
+        module(x)
+    assert shared_codes._last.kept is not None
+    del x
+    assert shared_codes._last.kept is None
+
+
 # which kernel
 
 
@@ -400,8 +448,8 @@ def test_describe_names_a_kernel_for_every_format() -> None:
 def test_a_machine_that_saturates_falls_back_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without VNNI pairs of products clamp to int16: the probe has to see it; weights to 63 stay exact."""
 
-    def saturating(codes: Tensor, x_scale: float, zero: int, packed: Tensor, scale: Tensor, *rest: object) -> Tensor:
-        u = (codes.long() + 128).unsqueeze(1) * packed.long().unsqueeze(0)
+    def saturating(octets: Tensor, x_scale: float, zero: int, packed: Tensor, scale: Tensor, *rest: object) -> Tensor:
+        u = octets.long().unsqueeze(1) * packed.long().unsqueeze(0)
         u = F.pad(u, (0, u.shape[-1] % 2)).unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
         return (u.sum(-1) - 128 * packed.long().sum(-1)).float()
 

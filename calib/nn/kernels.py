@@ -19,19 +19,18 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from calib.nn.codes import Codes, codes_of, fingerprint
 from calib.quantizers import AffineSpec, LevelSpec
 from calib.quantizers.product import LONGEST, PROBES, inexact, int_mm, int_mm_refusal
 
 if TYPE_CHECKING:
-    from calib.nn.activation import ActivationQuantizer
     from calib.nn.linear import QuantLinear
 
 Operator = Literal["qlinear", "int_mm", "int4"]
-# codes int8 [M, in], x_scale, zero_point, bias -> fp32 [M, out], see above
-Product = Callable[[Tensor, float, int, "Tensor | None"], Tensor]
+# codes [M, in], x_scale, zero_point, bias -> fp32 [M, out], see above
+Product = Callable[[Codes, float, int, "Tensor | None"], Tensor]
 
 TILE = 1 << 20  # weights decoded to float at a time: the tile stays in cache
-BLOCK = 1 << 19  # activations quantized at a time: larger temporaries page-fault on every call, up to 5x
 INT4_GROUPS = (32, 64, 128, 256)  # what torch's int4 kernel takes, with outputs in multiples of 16
 INT4_ROWS = 64  # beyond, decoding the weight once costs less than decoding it for every row
 
@@ -114,23 +113,24 @@ def _integer(module: QuantLinear, exact: bool, reason: str) -> Kernel:
     sums = None if static or spec.symmetric else _integers(module).sum(dim=1, dtype=torch.int32) * scale
     float_rows = _tiled(module) if quantizer.watches_rows else None
     product, name = (_exact(module, scale), "exact") if exact else _operator(module, scale)
+    key = fingerprint(quantizer)
 
     @torch.no_grad()
     def run(x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x.new_zeros(*x.shape[:-1], len(scale))
-        rows = x.reshape(-1, columns)
-        codes, x_scale, zero_point, outside = _quantized(quantizer, rows)
+        codes = codes_of(quantizer, key, x)
         if static:
             y = product(codes, step, zero, bias)
         else:
             y = product(codes, 1.0, 0, None)
             if sums is not None:
-                y.addr_(zero_point.float().reshape(-1).expand(len(y)), sums, alpha=-1)
+                y.addr_(codes.zero_point.float().reshape(-1).expand(len(y)), sums, alpha=-1)
+            x_scale = codes.scale
             y = y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale.expand(len(y), 1), out=y)
         y = y.to(x.dtype)
-        if float_rows is not None and outside is not None:
-            y[outside] = float_rows(quantizer.transform(rows[outside]))
+        if float_rows is not None and codes.outside is not None:
+            y[codes.outside] = float_rows(quantizer.transform(x.reshape(-1, columns)[codes.outside]))
         return y.view(*x.shape[:-1], len(scale))
 
     return _named(run, name, reason)
@@ -147,15 +147,15 @@ def _operator(module: QuantLinear, scale: Tensor) -> tuple[Product, str]:
     no_zero = torch.zeros_like(scale, dtype=torch.int32)
     packed = torch.ops.onednn.qlinear_prepack(weight, None) if plain is None else None
 
-    def product(codes: Tensor, x_scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
+    def product(codes: Codes, x_scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
         nonlocal packed
-        if plain is not None and sums is not None and (not cpu or len(codes) == 1):
-            total = int_mm(codes, plain)
+        if plain is not None and sums is not None and (not cpu or codes.rows == 1):
+            total = int_mm(codes.signed, plain)
             y = (total - zero_point * sums if zero_point else total).float().mul_(x_scale).mul_(scale)
             return y if bias is None else y.add_(bias)
         if packed is None:
             packed = torch.ops.onednn.qlinear_prepack(plain, None)
-        return _qlinear(codes, x_scale, zero_point, packed, scale, no_zero, bias)
+        return _qlinear(codes.unsigned, x_scale, zero_point, packed, scale, no_zero, bias)
 
     return product, "int8 qlinear" if cpu else "int8 int_mm"
 
@@ -166,8 +166,8 @@ def _exact(module: QuantLinear, scale: Tensor) -> Product:
     assert spec is not None
     largest = int(_integers(module).abs().sum(dim=1, dtype=torch.int64).amax())  # of |sum| a unit of activation
 
-    def product(codes: Tensor, x_scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
-        module = owner()
+    def product(given: Codes, x_scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
+        module, codes = owner(), given.signed
         assert module is not None
         reach = max(spec.qmax - zero_point, zero_point - spec.qmin)
         dtype = torch.float32 if largest * reach < 1 << 24 else torch.float64
@@ -184,27 +184,6 @@ def _exact(module: QuantLinear, scale: Tensor) -> Product:
 def _integers(module: QuantLinear, rows: slice | None = None) -> Tensor:
     """What the weight's scale multiplies, int8 [out, in]."""
     return module.weight_spec.integers(module.codes(rows))
-
-
-def _quantized(quantizer: ActivationQuantizer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Codes of x [M, in], scale, zero point, rows that need float (None: none); a block of rows at a time."""
-    spec = quantizer.spec
-    assert spec is not None
-    whole = x.device.type != "cpu" or (spec.dynamic and spec.granularity == "tensor")
-    step = len(x) if whole else max(1, BLOCK // x.shape[1])
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scales, zero_points, outside = [], [], []
-    for start in range(0, len(x), step):
-        t = quantizer.transformed(x[start : start + step])
-        codes[start : start + step], scale, zero_point = quantizer.codes(t)
-        scales.append(scale)
-        zero_points.append(zero_point)
-        if quantizer.watches_rows:
-            outside.append(quantizer.outside(t))
-    rows = torch.cat(outside) if outside else None
-    if quantizer.scale is not None or len(scales) == 1:
-        return codes, scales[0], zero_points[0], rows if rows is not None and bool(rows.any()) else None
-    return codes, torch.cat(scales), torch.cat(zero_points), None
 
 
 def _fits_int4(module: QuantLinear) -> bool:
@@ -293,7 +272,7 @@ def _named(run: Callable[[Tensor], Tensor], name: str, reason: str = "") -> Kern
 
 
 def _qlinear(
-    codes: Tensor,
+    octets: Tensor,
     x_scale: float,
     zero_point: int,
     packed: Tensor,
@@ -301,12 +280,11 @@ def _qlinear(
     no_zero: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """(codes - zero_point) x_scale times the prepacked weight, + bias, in fp32; codes int8, overwritten.
-
-    oneDNN is fast on unsigned activations only: code + 128 is the same byte with its top bit flipped.
+    """(codes - zero_point) x_scale times the prepacked weight, + bias, in fp32; octets: uint8, code + 128, for oneDNN
+    is fast on unsigned activations only.
     """
     return torch.ops.onednn.qlinear_pointwise(
-        codes.view(torch.uint8).bitwise_xor_(128),
+        octets,
         x_scale,
         zero_point + 128,
         packed,
@@ -334,7 +312,9 @@ def _refused(operator: Operator, limit: int, device: str = "cpu") -> str:
 def _prepacked(codes: Tensor, weight: Tensor) -> Tensor:
     """oneDNN's sums of int8 codes [m, k] and weight [n, k], in fp32."""
     packed, n = torch.ops.onednn.qlinear_prepack(weight, None), len(weight)
-    return _qlinear(codes.clone(), 1.0, 0, packed, torch.ones(n), torch.zeros(n, dtype=torch.int32), None)
+    return _qlinear(
+        codes.view(torch.uint8).bitwise_xor(128), 1.0, 0, packed, torch.ones(n), torch.zeros(n, dtype=torch.int32), None
+    )
 
 
 def _int4_refusal() -> str:
