@@ -36,7 +36,7 @@ SUCCESS: dict[str, tuple[str, set[str]]] = {  # arguments, keys of the JSON obje
     ),
     "plan": (
         "{model}",
-        {"linears", "quantized", "transformed", "excluded", "cost"},
+        {"transformed", "quantized", "factored", "excluded", "notes", "cost"},
     ),
     "inspect": (
         "{model} --data {train.txt} --samples 2 --seq-len 32",
@@ -75,7 +75,7 @@ SUCCESS: dict[str, tuple[str, set[str]]] = {  # arguments, keys of the JSON obje
         {"name", "out", "format", "verify"},
     ),
 }  # fmt: skip
-SOME = {"plan", "verify", "data select"}  # give these keys and, by what was found, others
+SOME = {"verify", "data select"}  # give these keys and, by what was found, others
 
 FAILURE: dict[str, tuple[str, int, str]] = {
     "quantize": ("{model} --out {tmp}/x --scheme w9a9", 2, "w9a9"),
