@@ -125,10 +125,11 @@ class Judge:
             found = self.tasks[self.test.task](model, tokenizer, self.data, progress=self.progress)
         self.n = found.n
         values: dict[str, Any] = {found.metric: found.value, "ci95": found.ci95}
-        if self.test.task in SQUARES:
+        outputs: torch.Tensor | None = found.outputs
+        if self.test.task in SQUARES and outputs is not None:
             if self.outputs is None:
-                self.outputs = found.outputs
-            values[SQUARES[self.test.task]] = float((found.outputs - self.outputs).double().square().mean())
+                self.outputs = outputs
+            values[SQUARES[self.test.task]] = float((outputs - self.outputs).double().square().mean())
         return values
 
 
