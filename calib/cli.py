@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,25 +17,31 @@ import torch
 import typer
 
 import calib
-from calib import cli_data, cli_eval, cli_guard, cli_inspect, cli_tune
+from calib import cli_data, cli_eval, cli_guard, cli_info, cli_inspect, cli_tune, cli_zoo
 from calib.errors import CalibError, Interrupted, ModelError
 from calib.export.targets import WRITERS
 from calib.options import RecipeOptions, one_of, set_up, with_recipe_options
-from calib.recipe import METHODS, SCHEMES
 from calib.report import HTML
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTERRUPTED = Interrupted.exit_code
 
+CODES = (
+    "Exit codes: 0 done; 1 the reader of a pipe went away; 2 what was asked does not exist or fit together; 3 model; "
+    "4 data; 5 NaN, infinity or no memory; 6 output or disk; 7 a checkpoint answers otherwise than its model; "
+    "130 interrupted. A failure is one line on stderr: error: cause; fix."
+)
+
 app = typer.Typer(
     help="Make a transformer smaller and faster with answers that stay the same.",
+    epilog=CODES,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_zoo.app, name="zoo")
 app.command()(cli_tune.tune)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name that calib info lists, a folder, .gguf or hub id.")]
@@ -87,6 +92,8 @@ def quantize(
     """Quantize a model and write a verified checkpoint.
 
     A run that was stopped goes on when the same command is given again.
+
+    Example: calib quantize smollm2-135m --scheme w8a8-static --method os+ --out out/smollm2-w8a8
     """
     from calib.model.cost import parse_size
 
@@ -145,6 +152,8 @@ def plan(
     """Say what quantize would do to every linear and what it would cost, without doing it.
 
     Only the model's config is needed, and a few seconds.
+
+    Example: calib plan smollm2-135m --scheme w4a16 --method gptq --max-memory 8GiB
     """
     from calib.model.cost import parse_size, refuse
 
@@ -193,7 +202,7 @@ def inspect(
 ) -> None:
     """Show a model's outliers, without quantizing it: which channels, which first tokens, what could absorb them.
 
-    calib inspect smollm2-135m --html out/outliers.html
+    Example: calib inspect smollm2-135m --html out/outliers.html
     """
     set_up(threads, quiet)
     with cli_guard.interruptible():
@@ -243,7 +252,7 @@ def evaluate(
 ) -> None:
     """Measure a model with its 95 % confidence interval, and whether it differs from another.
 
-    calib eval out/small --data test.txt --against smollm2-135m
+    Example: calib eval out/small --data test.txt --against smollm2-135m
     """
     set_up(threads, quiet)
     one_of("task", task, cli_eval.TASKS)
@@ -266,13 +275,18 @@ def verify(
     tolerance: Annotated[float | None, typer.Option(help="Largest difference allowed, of the logit range.")] = None,
     threads: Threads = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Reload a checkpoint in a fresh process and compare its answers with the stored ones."""
-    set_up(threads)
+    """Reload a checkpoint in a fresh process and compare its answers with the stored ones.
+
+    Example: calib verify out/smollm2-w8a8
+    """
+    set_up(threads, quiet)
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}", "name a folder that calib quantize wrote")
     report = calib.verify(folder, tolerance=tolerance)
-    print(report)
+    if not quiet:
+        print(report)
     if as_json:
         _print_json(report.as_dict())
 
@@ -289,47 +303,32 @@ def export(
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
     threads: Threads = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write a finished checkpoint in another program's format, and verify it with that program's loader."""
-    set_up(threads)
+    """Write a finished checkpoint in another program's format, and verify it with that program's loader.
+
+    Example: calib export out/smollm2-w4 --format gguf --out out/smollm2-gguf
+    """
+    set_up(threads, quiet)
     report = calib.convert(folder, format, out, weights_only=weights_only, overwrite=overwrite, verified=verify)
-    print(f"written to {out}, format {format}" + ("" if report is None else f"\n{report}"))
+    if not quiet:
+        print(f"written to {out}, format {format}" + ("" if report is None else f"\n{report}"))
     if as_json:
         _print_json({"out": out, "format": format, "verify": None if report is None else report.as_dict()})
 
 
 @app.command()
-def info(threads: Threads = None, as_json: Json = False) -> None:
-    """Versions, threads, kernels, cache and the models known by name."""
-    from calib.export.checkpoint import versions
-    from calib.nn.kernels import describe
-    from model_zoo import WHEELS
-    from model_zoo.cache import cache_dir
+def info(threads: Threads = None, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Versions, threads, kernels, cache, and the models, schemes and methods known by name.
 
-    set_up(threads)
-    facts: dict[str, Any] = {
-        "versions": {**versions(), "python": platform.python_version()},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "devices": [
-            "cpu",
-            *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())),
-        ],
-        "kernels": describe(),
-        "cache": str(cache_dir()),
-        "models": {name: known.label for name, known in WHEELS.items()},
-        "schemes": list(SCHEMES),
-        "methods": list(METHODS),
-    }
+    Example: calib info --json
+    """
+    set_up(threads, quiet)
+    facts = cli_info.info()
     if as_json:
         _print_json(facts)
-        return
-    for title, value in facts.items():
-        if isinstance(value, dict):
-            print(f"{title}:")
-            for name, text in value.items():
-                print(f"  {name}: {text}")
-        else:
-            print(f"{title}: {', '.join(value) if isinstance(value, list) else value}")
+    elif not quiet:
+        print(cli_info.text(facts))
 
 
 def _text(result: calib.Result) -> str:

@@ -56,6 +56,8 @@ def select(
     """Choose the texts of a pool that look like a target, for calib quantize --data.
 
     Hashed n-grams, importance weights, draws without replacement; what repeats a text already drawn is left out.
+
+    Example: calib data select --pool crawl/ --target mine.jsonl --tokenizer smollm2-135m --out chosen.jsonl
     """
     from calib.data import report as reports
     from calib.data import select as choose

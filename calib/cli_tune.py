@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from calib.errors import Interrupted
 from calib.evaluate import peak_rss_mib
 from calib.options import one_of, set_up
 from calib.tuning import LOSSES, PRESETS, TRAINABLE
@@ -53,6 +54,8 @@ def tune(
     """Train a quantized model on its grids, and write a verified checkpoint.
 
     A run that was stopped goes on when the same command is given again.
+
+    Example: calib tune out/w2 --teacher smollm2-135m --data self --loss kd --steps 60 --out out/w2-tuned
     """
     import calib
 
@@ -67,18 +70,21 @@ def tune(
         **{"accumulate": accumulate, "precision": precision, "every": every, "samples": samples},
         **{"seq_len": seq_len, "batch_size": batch_size, "seed": seed},
     }
-    tuned = calib.tune(
-        folder,
-        teacher,
-        data,
-        out,
-        preset=preset,  # type: ignore[arg-type]
-        loss=loss,
-        overwrite=overwrite,
-        verified=verify,
-        progress=not quiet,
-        **options,
-    )
+    try:
+        tuned = calib.tune(
+            folder,
+            teacher,
+            data,
+            out,
+            preset=preset,  # type: ignore[arg-type]
+            loss=loss,
+            overwrite=overwrite,
+            verified=verify,
+            progress=not quiet,
+            **options,
+        )
+    except KeyboardInterrupt as stop:
+        raise Interrupted("interrupted", "run the same command again to go on from the last saved step") from stop
     if not first:
         return
     losses = tuned.report["loss"]
