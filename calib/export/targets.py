@@ -166,5 +166,5 @@ def _stored_inputs(folder: Path) -> dict[str, torch.Tensor]:
 def _history(folder: Path, weights_only: bool) -> dict[str, Any]:
     """What the source's manifest says of its making, and from which files it was converted."""
     before = read_manifest(folder)
-    kept = {key: before[key] for key in ("recipe", "plan", "data") if key in before}
+    kept: dict[str, Any] = {key: before[key] for key in ("recipe", "plan", "data") if key in before}
     return {**kept, "converted_from": before.get("sha256"), "weights_only": weights_only}
