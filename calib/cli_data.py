@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from calib.data import Selection
-from calib.errors import InputError, OutputError
-from calib.export.files import writing
+from calib.errors import InputError, ModelError, OutputError
+from calib.export.files import placed
 from calib.options import one_of
 
 REPORTS = (".json", ".png", ".svg", ".pdf")
@@ -74,6 +71,8 @@ def select(
         raise OutputError(f"{out} is what is chosen from", "choose another --out")
     start = time.perf_counter()
     words = None if tokenizer is None else load_tokenizer(tokenizer)
+    if tokenizer is not None and words is None:  # words would be counted, which nobody asked for
+        raise ModelError(f"{tokenizer} has no tokenizer", "name another model, or leave --tokenizer out")
     chosen = choose(
         [named(name) for name in pool],
         [named(name) for name in target],
@@ -92,10 +91,10 @@ def select(
     if coverage:
         figures["coverage"] = _coverage(str(tokenizer), chosen, windows, seq_len, pack=pack)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen.rows)
-    with _placed(out) as file:
+    with placed(out) as file:
         file.write_text(lines, encoding="utf-8")
     for path in report or ():
-        with _placed(path) as file:
+        with placed(path, "--report") as file:
             if path.suffix == ".json":
                 file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
             else:
@@ -116,16 +115,3 @@ def _coverage(model: str, chosen: Selection, windows: int, seq_len: int, *, pack
     network, words = load_pair(model, progress=False)
     batches = [calibration_data(texts, words, windows, seq_len, pack=pack) for texts in (chosen.texts, chosen.sample)]
     return coverage(network, *batches)
-
-
-@contextlib.contextmanager
-def _placed(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place when it is finished."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{os.getpid()}.{path.name}")
-        try:
-            yield part
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import calib
 from calib.errors import InputError
-from calib.export.files import writing
+from calib.export.files import placed, writing
 from calib.model.cost import parse_size
 from calib.report import page
 from calib.report.svg import number
@@ -31,11 +31,14 @@ def inspect(
     """Look, write what files are asked for, and return the report."""
     if not sensitivity and (max_size or scheme_out):
         raise InputError("formats are proposed by their effect on the loss", "add --sensitivity")
-    for file in (html, scheme_out):  # before minutes are spent
+    for file, option in ((html, "--html"), (scheme_out, "--scheme-out")):  # before minutes are spent
         if file is not None:
-            with writing(file):
+            with writing(file, option):
                 file.parent.mkdir(parents=True, exist_ok=True)
+                absent = not file.exists()
                 file.open("a").close()
+                if absent:  # an empty file would pass for a finished one
+                    file.unlink()
     report = calib.inspect(
         model,
         data,
@@ -44,15 +47,15 @@ def inspect(
         batch_size=batch_size,
         seed=seed,
         sensitivity=scheme if sensitivity else None,
-        max_size=None if max_size is None else parse_size(max_size),
+        max_size=None if max_size is None else parse_size(max_size, "--max-size"),
         progress=progress,
     )
     if html is not None:
-        with writing(html):
-            html.write_text(page(report), encoding="utf-8")
+        with placed(html, "--html") as part:
+            part.write_text(page(report), encoding="utf-8")
     if scheme_out is not None and report["sensitivity"]["advice"] is not None:
-        with writing(scheme_out):
-            scheme_out.write_text(json.dumps(report["sensitivity"]["advice"]["scheme"], indent=1), encoding="utf-8")
+        with placed(scheme_out, "--scheme-out") as part:
+            part.write_text(json.dumps(report["sensitivity"]["advice"]["scheme"], indent=1), encoding="utf-8")
     return report
 
 

@@ -18,6 +18,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_file_name(name: object) -> bool:
+    """True of a plain name of a file in a folder, which leads nowhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     digest = hashlib.sha256()

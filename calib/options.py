@@ -147,7 +147,7 @@ class RecipeOptions:
             "float_rows": self.float_rows,
             "prefix": _prefix(self.prefix, model),
             "keep": self.keep,
-            "max_size": None if self.max_size is None else parse_size(self.max_size),
+            "max_size": None if self.max_size is None else parse_size(self.max_size, "--max-size"),
             "select": None if self.select == "auto" else one_of("select", self.select, ("auto", "global", "uniform")),
             "rank": self.rank,
             "steps": self.steps,
@@ -218,9 +218,13 @@ def _scheme(text: str) -> str | Scheme:
         return Scheme.model_validate_json(Path(text).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"scheme file {text} cannot be read ({error.strerror})", "check --scheme") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{text} is no scheme: it is not UTF-8", "use what calib inspect wrote") from error
+    except InputError as error:  # of a format in it
+        raise InputError(f"{text} is no scheme: {error.cause}", error.fix) from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
+        where = ".".join(map(str, first["loc"])) or "the whole"
         raise InputError(f"{text} is no scheme: {where}: {first['msg']}", "use what calib inspect wrote") from error
 
 

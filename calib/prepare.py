@@ -21,11 +21,14 @@ from calib.data import TokenData, calibration_data, generate_windows, sequence_l
 from calib.data.read import is_path
 from calib.errors import InputError, ModelError, NumericsError, OutputError
 from calib.evaluate.held import Held, held_rows
+from calib.evaluate.result import vocabulary
 from calib.export import checkpoint
 from calib.export.load import read_config
 from calib.files import sha256
 from calib.model import Plan, Resident, is_finite
 from calib.model.cost import BUDGET, estimate, refuse
+from calib.model.skeleton import known_config
+from calib.model.store import shards
 from calib.nn import changed_linears
 from calib.observers import ranks
 from calib.recipe import Recipe
@@ -67,14 +70,17 @@ def load_model(
     source = sources.resolve(model, progress=progress)
     if source.gguf_file is None and (Path(source.path) / "config.json").is_file():  # known before it is loaded
         _check_float(source.name, read_config(Path(source.path)).get("quantization_config"))
+        shards(Path(source.path))
     store, network, why = Resident(), None, ""
     if streamed:
         try:
-            network, store, found = stream.open_streamed(source, dtype=dtype, progress=progress)
+            with known_config(source.name):
+                network, store, found = stream.open_streamed(source, dtype=dtype, progress=progress)
         except stream.NotStreamable as error:
             why = f"weights are held in memory, not streamed: {error.cause}"
     if network is None:
-        network, found = sources.load_model(source, dtype=dtype, progress=progress)
+        with known_config(source.name):
+            network, found = sources.load_model(source, dtype=dtype, progress=progress)
         _check_finite(network)
     _check_float(source.name, getattr(network.config, "quantization_config", None))
     network.requires_grad_(False)
@@ -227,7 +233,7 @@ def _data_arguments(model: nn.Module, tokenizer: Any, drawn: Drawn, *, asked: bo
         "pack": generative,
         "batch_size": drawn.batch_size,
         "limit": limit,
-        "vocabulary": _vocabulary(model),
+        "vocabulary": vocabulary(model),
     }
 
 
@@ -235,6 +241,12 @@ def is_generative(model: nn.Module) -> bool:
     """True of models that go on with a text: they read windows of it."""
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return bool(getattr(model, "can_generate", lambda: False)()) and not encodes
+
+
+def check_cache(model: nn.Module, recipe: Recipe) -> None:
+    """Only what writes text keeps keys and values. Raises InputError."""
+    if recipe.scheme.kv is not None and not getattr(model, "can_generate", lambda: True)():
+        raise InputError(f"{type(model).__name__} keeps no key-value cache to quantize", "drop --kv-bits")
 
 
 def stored_bytes(model: nn.Module, plan: Plan) -> int:
@@ -250,7 +262,7 @@ def stored_bytes(model: nn.Module, plan: Plan) -> int:
 
 def check_prefix(model: nn.Module, prefix: Sequence[int], data: TokenData, limit: int | None) -> None:
     """The prefix is of the model's vocabulary and leaves room for the windows. Raises InputError."""
-    size = _vocabulary(model)
+    size = vocabulary(model)
     longest = max(batch["input_ids"].shape[1] for batch in data)
     if prefix and limit is not None and longest + len(prefix) > limit:
         cause = f"windows of {longest} tokens after {len(prefix)} of a prefix are beyond the model's limit of {limit}"
@@ -261,7 +273,9 @@ def check_prefix(model: nn.Module, prefix: Sequence[int], data: TokenData, limit
 
 
 def check_apart(out: str | os.PathLike[str], *sources: object) -> None:
-    """The output must not take the place of what it is made from. Raises OutputError."""
+    """The output must not take the place of what it is made from. Raises OutputError, InputError."""
+    if not os.fspath(out):
+        raise InputError("the output folder has no name", "give one: --out DIR")
     target = Path(out).expanduser().resolve()
     for source in sources:
         if not isinstance(source, (str, os.PathLike)):
@@ -286,18 +300,12 @@ def _check_float(name: str, config: Any) -> None:
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
     method = getattr(method, "value", method)
     if config is not None and method != "gguf":
-        raise InputError(f"{name} is quantized already ({method})", "start from the float model")
+        raise InputError(
+            f"{name} is quantized already ({method or 'by no method it names'})", "start from the float model"
+        )
 
 
 def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not is_finite(parameter):
             raise NumericsError(f"weight {name} holds NaN or inf", "repair or download the checkpoint again")
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    """How many token ids the model knows; None where it does not say."""
-    with contextlib.suppress(AttributeError, NotImplementedError):  # transformers' way to say that there are none
-        count = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        return int(count)
-    return None

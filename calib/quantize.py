@@ -109,6 +109,7 @@ def quantize(
         about = prepare.about_model(model, network, dtype) if report else {}
         held = prepare.held_out(network, plan, store, tokenizer, data, recipe, tokens) if measured else None
         prefix = _prefix(network, plan, recipe, tokens, tokenizer)
+        prepare.check_cache(network, recipe)
         if recipe.scheme.attention is not None or recipe.scheme.kv is not None:
             route_attention(network)
 
@@ -124,6 +125,7 @@ def quantize(
     journal, shards = None, None
     if out is not None and not isinstance(model, nn.Module):
         journal = open_journal(out, prepare.fingerprint(model, recipe, tokens, dtype), anew=overwrite)
+        journal.expect(plan.block_names())
         about |= {"files": journal.fingerprint["model"]} if report else {}
         shards = Shards(checkpoint.require_transformers(network), plan.block_names())
         plan.notes += [f"resumed: {journal.resumed} of {len(shards.blocks)} blocks were finished"] * bool(
@@ -229,7 +231,8 @@ def cost(
             found = sources.resolve(model, progress=progress)
             source = found.path if found.origin == "hub" else Path(found.path)
     folder = None if out is None else next(p for p in Path(out).expanduser().absolute().parents if p.is_dir())
-    return estimate(source, recipe, dtype=dtype, max_memory=max_memory, folder=folder)
+    with contextlib.nullcontext() if folder is None else writing(folder):
+        return estimate(source, recipe, dtype=dtype, max_memory=max_memory, folder=folder)
 
 
 def _prefix_for(format: Format, options: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from calib.quantizers import AffineSpec, AnyWeight, DualBinarySpec, LevelSpec, W
 SiteChoice = Literal["norm", "vo", "updown", "fc", "fused"]
 FOLDS: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
 METHODS = ("rtn", "smoothquant", "awq", "os+", "hadamard", "rotate", "gptq", "gptaq", "low_rank", "basel")
+EITHER = (("gptq", "gptaq"), ("hadamard", "rotate"))  # of these a recipe has one
 VALUED = ("smoothquant", "hadamard", "rotate", "low_rank", "basel")  # methods that take a value, as in smoothquant:0.8
 
 
@@ -146,7 +147,7 @@ class Recipe(_Data):
     samples: int = 128
     seq_len: int = 512
     batch_size: int = 8
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     damp: float = Field(0.01, ge=0)
     keep: float | None = Field(None, gt=0, le=1)
     max_size: int | None = Field(None, gt=0)
@@ -172,6 +173,10 @@ class Recipe(_Data):
                 raise ValueError(f"{name} takes no value, as in {method!r}; only {' and '.join(VALUED)} do")
         if not methods:
             raise ValueError(f"no method given; choose from {', '.join(METHODS)}")
+        names = [method.partition(":")[0] for method in methods]
+        for alike in (*((name, name) for name in names), *EITHER):
+            if len(odd := [name for name in names if name in alike]) > 1:
+                raise ValueError(f"{' and '.join(odd)} are given together, and only one of them would run; give one")
         return methods
 
     @field_validator("samples", "seq_len", "batch_size")

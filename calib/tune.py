@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,8 @@ from calib import prepare
 from calib.data import Like, TokenData, batch_rows, encode_rows, read_labelled, sequence_limit
 from calib.errors import DataError, InputError, ModelError
 from calib.evaluate import peak_rss_mib
-from calib.export.files import MANIFEST, check_out
+from calib.evaluate.result import vocabulary
+from calib.export.files import check_out, read_manifest
 from calib.export.load import load_pair
 from calib.export.targets import Format
 from calib.model import Batch
@@ -62,6 +62,8 @@ def tune(
     started = time.perf_counter()
     asked = options.get("seq_len") is not None
     recipe = tune_recipe(preset, loss, **options)
+    if teacher is None and recipe.loss.distils:
+        raise InputError("the loss compares with a teacher, and none is given", "name the float model, or use loss ce")
     if out is not None:
         prepare.check_apart(out, model, teacher, data)
         check_out(out, overwrite=overwrite)
@@ -73,6 +75,8 @@ def tune(
         guide = prepare.load_model(teacher, tokenizer, dtype, progress, streamed=False)[0]
         if guide is network:
             raise InputError("the teacher is the model that is trained", "load the float model again")
+        if (a := vocabulary(guide)) != (b := vocabulary(network)):
+            raise InputError(f"the teacher knows {a} token ids, the model {b}", "name the float model it came from")
     tokens = _tokens(network, guide, tokenizer, data, recipe, asked, progress)
     file = None
     if out is not None and not isinstance(model, Result) and not isinstance(teacher, nn.Module):
@@ -166,11 +170,7 @@ def _student(model: str | os.PathLike[str] | Result, dtype: torch.dtype, progres
     network, tokenizer = load_pair(folder, "fake", dtype, progress=progress)
     if not changed_linears(network):
         raise InputError(f"{folder} holds no quantized model", "run calib quantize first; it may be the --teacher")
-    file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise ModelError(f"{file} is damaged", "export the model again") from error
+    manifest = read_manifest(folder)
     made = ("recipe", "plan", "data", "tuning", "tuning_data")
     return network, tokenizer, {key: manifest[key] for key in made if key in manifest}
 

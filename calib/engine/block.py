@@ -114,6 +114,11 @@ class BlockCalibration:
                     outputs.append(out)
         for state in self.states:
             state.finish(f"{self.name}.{state.target.name}")
+            if unseen := state.detail.get("unseen"):
+                self.notes.append(
+                    f"{self.name}: {len(unseen)} of {len(state.site.consumers)} linears at {state.target.name} saw no "
+                    f"calibration token ({', '.join(unseen)}): they took the statistics of the others; give more data"
+                )
 
     def leave(self) -> None:
         """Take what observing hung on the block off it again."""

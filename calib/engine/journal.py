@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calib.errors import InputError, ModelError, OutputError
+from calib.errors import CalibError, InputError, ModelError, OutputError
 from calib.files import sha256, sync
 from calib.model import Resident, TensorFiles
 from calib.nn import AttentionFormat, changed_linears, describe_linear, quant_linear
@@ -89,6 +89,11 @@ class Journal:
         """Take the finished blocks from the file, where another process may have added some."""
         self.records = {record["block"]: record for record in _whole_lines(self.folder / LINES)[1:]}
 
+    def expect(self, blocks: Collection[str]) -> None:
+        """Raise OutputError for a finished block that the model does not have."""
+        if odd := [name for name in self.records if name not in blocks]:
+            raise OutputError(f"the journal in {self.folder} is of another model: it holds {odd[0]}", ANEW)
+
     def _clear(self) -> None:
         for stray in self.folder.iterdir():
             if stray.name != LOCK:
@@ -97,6 +102,8 @@ class Journal:
 
     def _check(self, entry: Mapping[str, str]) -> None:
         file = self.folder / entry["file"]
+        if ".." in file.parts or file.parts[: len(self.folder.parts)] != self.folder.parts:
+            raise OutputError(f"the journal in {self.folder} names {entry['file']}, which is not of it", ANEW)
         if not file.is_file():
             raise OutputError(f"{file} is missing, which the journal calls finished", ANEW)
         if sha256(file) != entry["sha256"]:
@@ -155,12 +162,15 @@ class Journal:
     def restore(self, name: str, block: nn.Module, store: Resident, dtype: torch.dtype) -> None:
         """Give an untouched block the form of the finished one, and its tensors (when held, if it is streamed)."""
         structure = self.records[name]["structure"]
-        with torch.device("meta"):
-            for path, form in structure["linears"].items():
-                block.set_submodule(path, quant_linear(block.get_submodule(path), form, f"{name}.{path}", dtype))
-        for path, form in structure["attention"].items():
-            formats = {k: None if form[k] is None else AffineSpec(**form[k]) for k in ("matmuls", "cache")}
-            block.get_submodule(path).calib_attention = AttentionFormat(**formats, prefix=form["prefix"])  # type: ignore[assignment]
+        try:
+            with torch.device("meta"):
+                for path, form in structure["linears"].items():
+                    block.set_submodule(path, quant_linear(block.get_submodule(path), form, f"{name}.{path}", dtype))
+            for path, form in structure["attention"].items():
+                formats = {k: None if form[k] is None else AffineSpec(**form[k]) for k in ("matmuls", "cache")}
+                block.get_submodule(path).calib_attention = AttentionFormat(**formats, prefix=form["prefix"])  # type: ignore[assignment]
+        except (CalibError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(f"the record of {name} in {self.folder / LINES} is damaged ({error})", ANEW) from error
         files = self.files(name)
         have = block.state_dict()
         for key in files.where:
@@ -220,7 +230,9 @@ def _whole_lines(file: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(line))
             if number > 1:
                 lines[-1]["block"], lines[-1]["shard"]["file"], lines[-1]["shard"]["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
+                lines[-1]["structure"]["linears"].items(), lines[-1]["structure"]["attention"].items()
+            lines[-1].keys()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise OutputError(f"line {number} of {file} is damaged", ANEW) from error
     return lines
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from calib.errors import ModelError
 from calib.evaluate.perplexity import text_windows
-from calib.evaluate.result import Result, evaluating, peak_rss_mib
+from calib.evaluate.result import Result, check_ids, evaluating, peak_rss_mib
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +57,7 @@ def agreement(model: nn.Module, wanted: Continuations, batch_size: int = 8, *, p
     start = time.perf_counter()
     written = _written(model, wanted.prompts, wanted.tokens.shape[1], batch_size, progress)
     share = (written == wanted.tokens).long().cumprod(1).double().mean(1)
+    check_ids(model, wanted.tokens)
     equal = 0
     with evaluating(model) as device:
         whole = torch.cat([wanted.prompts, wanted.tokens], dim=1)
@@ -83,6 +84,7 @@ def _written(model: nn.Module, prompts: Tensor, new_tokens: int, batch_size: int
     """Greedy continuations [n, new_tokens]."""
     if not getattr(model, "can_generate", lambda: False)():
         raise ModelError(f"{type(model).__name__} does not generate text", "use a causal language model")
+    check_ids(model, prompts)
     written = []
     with evaluating(model) as device, tqdm(total=len(prompts), desc="generate", disable=not progress) as bar:
         for ids in prompts.split(batch_size):

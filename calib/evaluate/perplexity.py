@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from calib.data import read_text, sequence_limit
 from calib.errors import DataError, InputError, ModelError, NumericsError
-from calib.evaluate.result import Result, evaluating, peak_rss_mib
+from calib.evaluate.result import Result, check_ids, evaluating, peak_rss_mib
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +57,7 @@ def perplexity(
     if stride is not None and not 1 <= stride < seq_len:
         raise InputError(f"a stride of {stride} in windows of {seq_len}", f"use 1 to {seq_len - 1}")
     ids = text_windows(tokenizer, path_or_text, windows, seq_len, stride or seq_len)
+    check_ids(model, ids)
     losses = []
     with evaluating(model) as device, tqdm(total=windows, desc="perplexity", disable=not progress) as bar:
         for batch in ids.split(batch_size):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from calib.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,22 @@ def peak_rss_mib() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """How many token ids a model knows; None where it does not say."""
+    with suppress(AttributeError, NotImplementedError):  # transformers' way to say that there are none
+        count = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        return int(count)
+    return None
+
+
+def check_ids(model: nn.Module, ids: Tensor) -> None:
+    """Raise DataError for token ids that a model does not know."""
+    size, largest = vocabulary(model), int(ids.max()) if ids.numel() else 0
+    if size is not None and largest >= size:
+        cause = f"the data holds token id {largest}, and the model's vocabulary has {size} entries"
+        raise DataError(cause, "use the tokenizer that belongs to the model")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from calib.data import batch_rows, encode_rows, read_labelled, read_pairs, sequence_limit
 from calib.errors import DataError, ModelError, NumericsError
-from calib.evaluate.result import Result, evaluating, peak_rss_mib
+from calib.evaluate.result import Result, check_ids, evaluating, peak_rss_mib
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,6 +137,7 @@ def _forward(
     picked = []
     with evaluating(model) as device, tqdm(total=len(rows), desc="evaluate", disable=not progress) as bar:
         for batch in batch_rows(rows, tokenizer, batch_size):
+            check_ids(model, batch["input_ids"])
             batch = {key: value.to(device) for key, value in batch.items()}
             values = pick(model(**batch), batch).float().cpu()
             if not bool(values.isfinite().all()):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calib.engine import Journal
-from calib.errors import CalibError, OutputError
+from calib.errors import CalibError, ModelError, OutputError
 from calib.files import sha256, sync
 
 MANIFEST = "calib.json"  # in every export, whatever its format: what makes a folder ours to replace
@@ -35,6 +37,7 @@ def check_out(out: str | os.PathLike[str], *, overwrite: bool = False, needed_by
     """
     path = Path(out).expanduser().absolute()
     with writing(path):
+        _sweep(path)
         if path.exists() and not path.is_dir():
             if not overwrite:
                 raise OutputError(f"{path} is a file, not a folder", "choose another --out, or pass --overwrite")
@@ -72,8 +75,8 @@ def _ours(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the file system says into one line."""
+def writing(path: Path, option: str = "--out") -> Iterator[None]:
+    """Turn what the file system says into one line. option: what named the path."""
     try:
         yield
     except Exception as error:
@@ -83,7 +86,7 @@ def writing(path: Path) -> Iterator[None]:
             raise
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         cause = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
-        fix = "free some space or choose another --out" if full else "choose an --out that this user can write"
+        fix = f"free some space or choose another {option}" if full else f"choose an {option} that this user can write"
         raise OutputError(f"cannot write {path}: {cause}", fix) from error
 
 
@@ -95,12 +98,41 @@ def staged(out: str | Path, *, overwrite: bool = False, needed_bytes: int = 0) -
         path.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
     try:
-        with writing(path):
+        with writing(path), _held(stage):
             yield stage
             publish(stage, path)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Keep other runs from sweeping a folder; False where another one keeps it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed runs left beside ``path``; what one of them had just moved out of its place is put back."""
+    ours = re.compile(re.escape(f".{path.name}.") + r"(tmp|old)-[a-z0-9_]{8}")
+    for stray in path.parent.iterdir() if path.parent.is_dir() else ():
+        if not ours.fullmatch(stray.name) or not stray.is_dir():
+            continue
+        with contextlib.suppress(FileNotFoundError), _held(stray) as held:
+            if not held:
+                continue
+            if (stray / path.name).exists() and ".old-" in stray.name and not path.exists():
+                (stray / path.name).rename(path)
+            shutil.rmtree(stray, ignore_errors=True)
 
 
 def publish(stage: Path, path: Path) -> None:
@@ -128,18 +160,35 @@ def finished(stage: Path, out: str | Path, finish: Finish | None) -> None:
 
 
 def _move(stage: Path, path: Path) -> None:
-    old: Path | None = None
-    if path.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent)) / path.name
-        path.rename(old)
-    try:
+    if not path.exists():
         stage.rename(path)
-    except OSError:
-        if old is not None:
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent)) / path.name
+    with _held(old.parent):
+        path.rename(old)
+        try:
+            stage.rename(path)
+        except OSError:
             old.rename(path)
-        raise
-    if old is not None:
-        shutil.rmtree(old.parent, ignore_errors=True)
+            raise
+        shutil.rmtree(old.parent, ignore_errors=True)  # not where it was stopped: _sweep puts it back
+
+
+@contextlib.contextmanager
+def placed(path: Path, option: str = "--out") -> Iterator[Path]:
+    """A file beside ``path`` that takes its place when it is finished, and is gone where it is not.
+
+    A killed run leaves it; the next one that writes ``path`` begins it anew.
+    """
+    with writing(path, option):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            yield part
+            sync(part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -163,6 +212,18 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What an export says of itself; empty where it says nothing. Raises ModelError."""
+    file = folder / MANIFEST
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is damaged", "export the model again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{file} is damaged", "export the model again")
+    return found
 
 
 def nbytes(tensors: Mapping[str, Tensor]) -> int:

@@ -67,6 +67,15 @@ class CalibConfig(QuantizationConfigMixin):
             raise ModelError(
                 f"quantization_config has unknown keys {sorted(unknown)}", "install the calib that wrote it"
             )
+        for key, value in {"groups": groups, "rewrites": rewrites}.items():
+            if not isinstance(value, Sequence) or not all(isinstance(each, Mapping) for each in value):
+                raise ModelError(f"quantization_config: {key} is no list of objects", "install the calib that wrote it")
+        for key, each in {"prefix": prefix, "attention": attention}.items():
+            if each is not None and not isinstance(each, Mapping):
+                raise ModelError(f"quantization_config: {key} is no object", "install the calib that wrote it")
+        for group in groups:
+            if not isinstance(targets := group.get("targets"), list) or not all(isinstance(t, str) for t in targets):
+                raise ModelError("quantization_config: a group names no targets", "install the calib that wrote it")
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers' own is an enum of strings
         self.format_version = format_version
         self.groups = [dict(group) for group in groups]

@@ -12,6 +12,8 @@ from torch import nn
 
 from calib.errors import InputError, ModelError
 from calib.export import compressed_load, hf
+from calib.model.skeleton import known_config
+from calib.model.store import shards
 
 AGAIN = "export or copy the model again"
 
@@ -51,7 +53,8 @@ def load_pair(
             model = compressed_load.load_integer(Path(path), config, dtype)
             if model is not None:
                 return hf.set_mode(model, mode), load_tokenizer(path)
-    model, tokenizer = load_model(str(path), dtype="auto" if dtype is None else dtype, progress=progress)  # type: ignore[arg-type]
+    with known_config(path):
+        model, tokenizer = load_model(str(path), dtype="auto" if dtype is None else dtype, progress=progress)  # type: ignore[arg-type]
     return hf.set_mode(model, mode), tokenizer
 
 
@@ -69,6 +72,7 @@ def load_tokenizer(path: str | Path) -> Any:
 def check_folder(path: Path) -> dict[str, Any]:
     """The folder's config.json; every safetensors header is read and held against its file's size."""
     config = read_config(path)
+    shards(path)
     for file in sorted(path.glob("*.safetensors")):
         try:
             with safe_open(str(file), framework="pt"):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from calib.errors import InputError, ModelError, OutputError
 from calib.export import awq, checkpoint, compressed, gguf, gptq, onnx, plain
-from calib.export.files import MANIFEST, Finish, check_out
+from calib.export.files import Finish, check_out, read_manifest
 from calib.export.load import load_pair
 from calib.export.verify import REFERENCE, VerifyReport, reference_of, verify
 from calib.export.weight_only import ACTIVATIONS, drop_inputs
@@ -152,14 +152,19 @@ def convert(
 
 def _stored_inputs(folder: Path) -> dict[str, torch.Tensor]:
     file = folder / REFERENCE
-    if not file.is_file():
-        raise ModelError(f"{file} is missing", "only exports that were verified once can be converted and verified")
-    return {k.removeprefix("input."): t for k, t in load_file(file).items() if k.startswith("input.")}
+    try:
+        found = {k.removeprefix("input."): t for k, t in load_file(file).items() if k.startswith("input.")}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{file} is missing or damaged", "quantize with --verify, or export with --no-verify"
+        ) from error
+    if "input_ids" not in found:
+        raise ModelError(f"{file} holds no input_ids", "quantize again, or export with --no-verify")
+    return found
 
 
 def _history(folder: Path, weights_only: bool) -> dict[str, Any]:
     """What the source's manifest says of its making, and from which files it was converted."""
-    file = folder / MANIFEST
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    kept = {key: before[key] for key in ("recipe", "plan", "data") if key in before}
+    before = read_manifest(folder)
+    kept: dict[str, Any] = {key: before[key] for key in ("recipe", "plan", "data") if key in before}
     return {**kept, "converted_from": before.get("sha256"), "weights_only": weights_only}

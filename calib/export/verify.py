@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calib.errors import CalibError, ModelError, VerifyError
-from calib.export.files import MANIFEST, writing
+from calib.errors import CalibError, InputError, ModelError, VerifyError
+from calib.export.files import MANIFEST, read_manifest, writing
 from calib.export.hf import set_mode
 from calib.export.load import check_folder
-from calib.files import sha256
+from calib.files import is_file_name, sha256
 
 REFERENCE = Path("verify") / "reference.safetensors"  # in a folder of its own: loaders read every top-level safetensors
 ROWS, TOKENS, TAIL = 2, 64, 16
@@ -117,6 +116,8 @@ def verify(
     in fp32), or where a weight file is not the one that was written; ModelError where the folder cannot be
     read.
     """
+    if tolerance is not None and not tolerance >= 0:
+        raise InputError(f"a tolerance of {tolerance} is none", "give 0 or more, of the logit range")
     folder = Path(out).expanduser().absolute()
     if reference is not None and inputs is not None:
         store_reference(folder, reference, inputs)
@@ -244,18 +245,16 @@ def store_reference(folder: Path, reference: Tensor, inputs: Mapping[str, Tensor
 
 def _format(folder: Path) -> str:
     """The manifest's word for what the folder is; empty without a manifest."""
-    file = folder / MANIFEST
-    return str(json.loads(file.read_text(encoding="utf-8")).get("format", "")) if file.is_file() else ""
+    return str(read_manifest(folder).get("format", ""))
 
 
 def _check_hashes(folder: Path) -> None:
     file = folder / MANIFEST
     if not file.is_file():
         return
-    try:
-        hashes = json.loads(file.read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file} is damaged", "export the model again") from error
+    hashes = read_manifest(folder).get("sha256")
+    if not isinstance(hashes, dict) or not all(map(is_file_name, hashes)):
+        raise ModelError(f"{file} names no files of its folder with their sha256", "export the model again")
     for name, expected in hashes.items():
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name} is missing", "export or copy the model again")

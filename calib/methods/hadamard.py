@@ -19,7 +19,7 @@ class Hadamard:
     name = "hadamard"
 
     def __init__(self, name: str, value: str = "") -> None:
-        if value and not value.isdigit():
+        if value and not (value.isascii() and value.isdigit() and int(value)):
             raise InputError(f"{name}:{value} is not a block size", f"write e.g. {name}:128")
         self.name, self.block = name, int(value or 0)
         if self.block:

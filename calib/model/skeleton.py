@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,6 +71,17 @@ class Skeleton:
         return self.model.config
 
 
+@contextlib.contextmanager
+def known_config(name: object) -> Iterator[None]:
+    """What transformers' config classes raise for values that no model can have, as ModelError."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        cause = lines[-1].partition(": ")[2] or lines[-1]  # the first names the validator
+        raise ModelError(f"the config of {name} describes no model ({cause})", "download or save it again") from error
+
+
 def read_config(source: Any) -> Any:
     """A transformers config from a config, a config.json, a model folder or a hub id. Raises ModelError."""
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -85,7 +97,8 @@ def read_config(source: Any) -> Any:
             return AutoConfig.from_pretrained(str(source))
         values = json.loads(file.read_text(encoding="utf-8"))
         kind = CONFIG_MAPPING[values["model_type"]]
-        return kind.from_dict(values)
+        with known_config(source):
+            return kind.from_dict(values)
     except KeyError as error:
         cause = f"transformers does not know the architecture of {source} (model_type {error})"
         raise ModelError(cause, "update transformers, or check model_type in config.json") from error

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from calib.errors import ModelError, NumericsError
+from calib.files import is_file_name
 from calib.model.blocks import block_candidates
 from calib.nn import QuantLinear
 
@@ -71,7 +72,7 @@ class TensorFiles:
     @classmethod
     def of(cls, folder: Path) -> TensorFiles:
         """Those of a model folder, single or sharded."""
-        return cls(_shards(folder))
+        return cls(shards(folder) or _single(folder))
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Each named tensor, as it is stored, file by file in the order it lies there."""
@@ -96,23 +97,34 @@ class TensorFiles:
             view = view[got:]
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
+    """The files that a folder's index names; none without an index. Raises ModelError.
+
+    A name is a file's in the folder and nothing else: an index that leads out of it would have other files read.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        single = folder / "model.safetensors"
-        if single.is_file():
-            return [single]
-        found = sorted(folder.glob("*.safetensors"))
-        if len(found) == 1:
-            return found
-        raise ModelError(f"{folder} has no model.safetensors and no index of shards", AGAIN)
+        return []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"{index} is damaged", AGAIN) from error
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise ModelError(f"{index} names {absent[0]}, which is not there", AGAIN)
+    for name in names:
+        if not is_file_name(name) or Path(name).suffix != ".safetensors":
+            raise ModelError(f"{index} names {name!r}, which is no safetensors file beside it", AGAIN)
+        if not (folder / name).is_file():
+            raise ModelError(f"{index} names {name}, which is not there", AGAIN)
     return [folder / name for name in names]
+
+
+def _single(folder: Path) -> list[Path]:
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    raise ModelError(f"{folder} has no model.safetensors and no index of shards", AGAIN)
 
 
 @dataclass(eq=False)
@@ -263,6 +275,9 @@ class Streamed(Resident):
     def _put(self, slot: _Slot, stored: Tensor) -> None:
         value = stored if slot.convert is None else slot.convert(stored)
         original = slot.files is self.files
+        if slot.placeholder.is_floating_point() and not value.is_floating_point() and original:
+            kind = str(stored.dtype).removeprefix("torch.")
+            raise ModelError(f"tensor {slot.name} is stored as {kind}, and the model computes with floats there", AGAIN)
         cast = value.is_floating_point() and original
         tensor = value.to(self.dtype if cast else value.dtype).contiguous()
         if slot.convert is not None and tensor.untyped_storage().nbytes() > tensor.nbytes:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calib.errors import ModelError
+from calib.errors import InputError, ModelError
 from calib.nn.activation import ActivationQuantizer
 from calib.nn.linear import QuantLinear
 from calib.nn.low_rank import LowRankLinear
@@ -70,7 +70,7 @@ def quant_linear(
         return LowRankLinear(
             _part(n_in, rank, group["down"], False, dtype), _part(rank, n_out, group["up"], group["bias"], dtype)
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, InputError) as error:
         raise ModelError(
             f"quantization_config does not fit {name}: {error}", "install the calib that wrote it"
         ) from error

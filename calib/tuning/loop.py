@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calib.errors import InputError, NumericsError
+from calib.files import sync
 from calib.model import Batch
 
 Loss = Callable[[Batch], Tensor]
@@ -151,6 +152,7 @@ def _save(
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     save_file(tensors, str(part), metadata={"about": about})
+    sync(part)
     part.replace(file)
 
 

@@ -78,6 +78,9 @@ def _distilled(terms: Terms, batch: Batch, got: Any, wanted: Any) -> list[Tensor
     parts: list[Tensor] = []
     if terms.logits:
         student, teacher = (_answer(each) for each in (got, wanted))
+        if student.shape != teacher.shape:
+            cause = f"the teacher answers in shape {list(teacher.shape)}, the model in {list(student.shape)}"
+            raise ModelError(cause, "name the float model it came from")
         mask = _mask(batch, student.shape[:-1])
         parts.append(terms.logits * losses.dad(student, teacher, mask, terms.gamma, terms.temperature))
     for stream in STREAMS:

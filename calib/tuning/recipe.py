@@ -68,7 +68,7 @@ class TuneRecipe(_Data):
     samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=512, ge=2)
     batch_size: int = Field(default=8, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     @field_validator("trainable")
     @classmethod
