@@ -56,7 +56,7 @@ def candidates(scheme: Scheme, stock: bool = False) -> list[Candidate]:
     """What is tried at a scheme, the best known first. stock: only what loads without calib."""
     bits = scheme.weights.bits if scheme.inputs is None else min(scheme.weights.bits, scheme.inputs.bits)
     rounding = "" if bits == 8 else ",gptq"
-    learns = bits <= 4 and isinstance(scheme.weights, AffineSpec)
+    learns = bits <= 6 and isinstance(scheme.weights, AffineSpec)
     if stock:
         names = ["gptq", "awq,gptq"] if scheme.inputs is None else [f"os+{rounding}", f"smoothquant:0.8{rounding}"]
         return [Candidate(name, {}) for name in names]
