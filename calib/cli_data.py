@@ -98,7 +98,7 @@ def select(
             if path.suffix == ".json":
                 file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
             else:
-                reports.figure(figures, file)
+                reports.figure(figures, file, path.suffix.removeprefix("."))
     if not quiet:
         print(f"{reports.text(figures)}\nwritten to {out}")
     if as_json:

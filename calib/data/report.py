@@ -82,16 +82,21 @@ def _ranges(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> dict[s
     return found
 
 
-def figure(report: Mapping[str, Any], path: str | Path) -> None:
+def figure(report: Mapping[str, Any], path: str | Path, form: str | None = None) -> None:
     """Write a figure: log weights of pool and chosen, labels before and after, channel coverage where measured.
 
-    Raises InputError without matplotlib (the extra ``report``).
+    form: png, svg, pdf ...; default: as the path ends. Raises InputError without matplotlib (the extra ``report``) and
+    for a form that it does not write.
     """
     try:
+        from matplotlib.backend_bases import FigureCanvasBase
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("a figure needs matplotlib", "pip install calib[report], or give a .json name") from error
     measured = "coverage" in report
+    form = form or Path(path).suffix.removeprefix(".") or "png"
+    if form not in FigureCanvasBase.get_supported_filetypes():
+        raise InputError(f"figures are not written as {form!r}", "give a name that ends in .png, .svg, .pdf or .json")
     drawing = Figure(figsize=(12 if measured else 9, 3.6), layout="constrained")
     axes = drawing.subplots(1, 3 if measured else 2)
     weights = report["log_weights"]
@@ -110,4 +115,4 @@ def figure(report: Mapping[str, Any], path: str | Path) -> None:
     if measured:
         axes[2].plot(sorted(report["coverage"]["linears"].values()))
         axes[2].set(xlabel="linears, sorted", ylabel="channels reached", ylim=(0, 1.02), title="Channel extremes")
-    drawing.savefig(path, dpi=120)
+    drawing.savefig(path, dpi=120, format=form)
