@@ -48,7 +48,7 @@ for kind in kinds:
     ax.plot([db for name, db in sqnr.items() if name.endswith(kind)], "o-", label=kind)
 ax.set(xlabel="block", ylabel="SQNR of the output, dB")
 ax.set_xticks(range(5))
-ax.legend(fontsize=7, ncols=2)
+ax.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 plt.show()
 
 # %% [markdown]
