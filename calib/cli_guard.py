@@ -42,6 +42,10 @@ def known_causes() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
+        if "serializing: I/O" in str(error):
+            raise OutputError(
+                f"cannot write a weight file ({error})", "free some space, or choose another --out"
+            ) from error
         raise ModelError(f"a weight file is damaged ({error})", "download or export it again") from error
     except json.JSONDecodeError as error:
         raise ModelError(f"a config or manifest is not JSON ({error})", "download or export it again") from error
@@ -57,6 +61,7 @@ def known_causes() -> Iterator[None]:
             f"{error.strerror or error}:{where}" if where else str(error.strerror or error), fix
         ) from error
     except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
+        texts = "can't allocate memory", "cannot allocate memory", "out of memory"  # torch's, safetensors', CUDA's
+        if any(text in str(error).lower() for text in texts):
             raise NumericsError("out of memory", "lower --batch-size, --samples or --seq-len") from error
         raise
