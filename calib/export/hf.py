@@ -73,6 +73,8 @@ class CalibConfig(QuantizationConfigMixin):
         for key, each in {"prefix": prefix, "attention": attention}.items():
             if each is not None and not isinstance(each, Mapping):
                 raise ModelError(f"quantization_config: {key} is no object", "install the calib that wrote it")
+        if isinstance(biased_linears, str) or not isinstance(biased_linears, Sequence):
+            raise ModelError("quantization_config: biased_linears is no list", "install the calib that wrote it")
         for group in groups:
             if not isinstance(targets := group.get("targets"), list) or not all(isinstance(t, str) for t in targets):
                 raise ModelError("quantization_config: a group names no targets", "install the calib that wrote it")

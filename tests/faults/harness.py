@@ -93,7 +93,8 @@ def _start(command: Sequence[str], folder: Path, errors: Path, fault: str, limit
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         if fault == "disk":
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as a full disk's does
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            most = max(limit, 4096)  # the message of the command itself is written too
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         if fault == "memory":
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
