@@ -255,7 +255,7 @@ def _recipe(
     stock, formats = format in targets.STOCK, make_scheme(scheme, **(scheme_options or {}))
     if method == "auto":  # planned as what it tries first
         first = auto.candidates(formats, stock)[0]
-        method, options = first.method, {**first.options, **options}
+        method, options = first.method, first.options_with(options)
     recipe = make_recipe(formats, method, stock, **options)
     resolve(recipe)  # the methods check their values
     low_rank_of(recipe)

@@ -23,8 +23,8 @@ data: wikitext
 """
 
 
-def small_model(folder: Path, tokenizer: Any) -> dict[str, str]:
-    """Paths of ``model``, ``train.txt`` and ``test.txt``, written below folder."""
+def save_llama(folder: Path, tokenizer: Any) -> Path:
+    """A random Llama and its tokenizer, saved as a folder."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -37,8 +37,14 @@ def small_model(folder: Path, tokenizer: Any) -> dict[str, str]:
         bos_token_id=1,
         eos_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def small_model(folder: Path, tokenizer: Any) -> dict[str, str]:
+    """Paths of ``model``, ``train.txt`` and ``test.txt``, written below folder."""
+    save_llama(folder / "model", tokenizer)
     (folder / "train.txt").write_text(TRAIN)
     (folder / "test.txt").write_text(TEST)
     return {name: str(folder / name) for name in ("model", "train.txt", "test.txt")}

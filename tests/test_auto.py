@@ -107,3 +107,13 @@ def test_a_loss_that_is_not_finite_never_wins_and_one_window_judges_nothing() ->
     assert best.method == "b" and trials[0].loss is None and "not finite" in trials[0].why
     best, trials = auto.choose(both, batches("llama", 1, rows=1), build("llama"), attempt, progress=False)
     assert best.method == "a" and trials == []
+
+
+def test_what_the_caller_leaves_open_is_the_candidates_to_say() -> None:
+    first = auto.candidates(scheme("w4a4"))[0]
+    open_ = {"prefix": "auto", "refine": None, "batch_size": None, "samples": 4}  # as the command line passes them
+    assert first.options_with(open_) == {**open_, **first.options} and first.options["prefix"] == "on"
+    asked = {"prefix": "none", "refine": 0, "batch_size": 8}
+    assert first.options_with(asked) == asked
+    cost = calib.cost(build("llama"), "w4a4", progress=False, seq_len=32, **open_)
+    assert (cost.recipe.prefix, cost.recipe.refine, cost.recipe.batch_size) == ("on", 40, 2)

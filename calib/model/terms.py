@@ -270,8 +270,8 @@ def time_terms(
             consumers = [block.get_submodule(path) for path in site.consumers]
             stacked = sum(c.out_features for c in consumers)  # type: ignore[misc]
             weight = 4 * n * stacked
-            # every consumer quantizes its own input
-            inputs = INPUT_PASSES * 4 * n * tokens * len(consumers) if scheme.inputs is not None else 0
+            # consumers of one input share its codes (experts see a share of the rows each)
+            inputs = INPUT_PASSES * 4 * n * tokens if scheme.inputs is not None else 0
             seconds["propagate"] += batches * inputs / (m.copy * GIGA)
             seconds["quality"] += judged / tokens * inputs / (m.copy * GIGA)
             # ... and the statistics' passes over every site's input (experts see a share each)
