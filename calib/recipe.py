@@ -270,6 +270,8 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
     given = {key: value for key, value in options.items() if value is not None}
     if scheme.static and not stock:
         given.setdefault("sites", (*FOLDS, "fused"))
+    methods = tuple(part.strip() for part in method.split(",") if part.strip())
+    _check_low_rank(scheme, {name.partition(":")[0] for name in methods}, given, stock)
     if stock and ("fused" in tuple(given.get("sites", ())) or given.get("prefix", "none") not in ("none", "auto")):  # type: ignore[arg-type]
         raise InputError("a stock format holds neither fused transforms nor a prefix", "use --format calib")
     if stock or {"keep", "max_size"} & given.keys():  # ranks are chosen before a prefix would have keys and values
@@ -286,8 +288,6 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
             "rows beyond the static range run in float, and this scheme has no static range",
             "choose w8a8-static or the like",
         )
-    methods = tuple(part.strip() for part in method.split(",") if part.strip())
-    _check_low_rank(scheme, {name.partition(":")[0] for name in methods}, given, stock)
     try:
         return Recipe(scheme=scheme, methods=methods, **given)  # type: ignore[arg-type]
     except ValidationError as error:
