@@ -36,7 +36,8 @@ def _planned(stock: nn.Module, result: Result) -> Iterator[str]:
         assert isinstance(weight, Tensor)
         if isinstance(module, LowRankLinear) or not bool(weight.any()):
             continue
-        if module.weight_spec.integer and len(module.codes().unique()) < 2:
+        alike = bool((weight == weight[:, :1]).all())  # rows of one value, whose codes may well be one
+        if module.weight_spec.integer and not alike and len(module.codes().unique()) < 2:
             yield f"{name} holds a single code"
         if torch.equal(module.dequantize().to(weight.dtype), weight) and module.input.spec is None:
             yield f"{name} holds the weights that it had"

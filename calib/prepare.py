@@ -25,7 +25,7 @@ from calib.evaluate.result import vocabulary
 from calib.export import checkpoint
 from calib.export.load import read_config
 from calib.files import sha256
-from calib.model import Plan, Resident, is_finite
+from calib.model import Plan, Resident, is_finite, to_dtype
 from calib.model.cost import BUDGET, estimate, refuse
 from calib.model.skeleton import known_config
 from calib.model.store import shards
@@ -63,8 +63,7 @@ def load_model(
             raise InputError("the model is quantized already", "start from the float model")
         model = model.eval().requires_grad_(False)
         _check_finite(model)
-        # nn.Module's own cast: transformers refuses it on a model that was dequantized from a GGUF file
-        return nn.Module.to(model, dtype), tokenizer, Resident(), ""
+        return to_dtype(model, dtype), tokenizer, Resident(), ""
     from model_zoo import sources, stream
 
     source = sources.resolve(model, progress=progress)

@@ -35,6 +35,13 @@ SETTINGS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "rotate,os+,gptaq",
         {"refine": 4, "prefix": (7,)},
     ),
+    "half precision, paired, learned": (
+        "llama",
+        "w4a8-static",
+        "rotate,os+,gptaq",
+        {"refine": 4, "prefix": (7,), "dtype": torch.bfloat16},
+    ),
+    "half precision, float inputs": ("gpt2", "w8a8-static", "os+", {"inputs": "float", "dtype": torch.float16}),
     "float inputs": ("qwen3", "w8a8-static", "os+", {"inputs": "float"}),
     "prefix": ("llama", "w8a8-static", "os+", {"prefix": (1,)}),
     "two stacks": ("bart", "w6a6-static", "os+", {}),

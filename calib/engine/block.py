@@ -111,7 +111,7 @@ class BlockCalibration:
             for run, mask[0], first[0] in zip(self.runs, self.given.masks, self.given.first, strict=True):
                 out = run()
                 if outputs is not None:
-                    outputs.append(out)
+                    outputs.append(out.to(self.given.hidden[0].dtype))
         for state in self.states:
             state.finish(f"{self.name}.{state.target.name}")
             if unseen := state.detail.get("unseen"):

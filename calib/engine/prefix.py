@@ -39,7 +39,13 @@ class PrefixBuilder:
         out = replace(call, kwargs={**call.kwargs, names[0]: cache}).run(block, hidden)
         written: Any = cache.layers[layer]
         self.keys[layer], self.values[layer] = written.keys, written.values
-        return out
+        return out.to(hidden.dtype)
+
+    def settle(self, layer: int, dtype: torch.dtype) -> None:
+        """Hold a layer's keys and values as the finished block runs on them."""
+        key, value = self.keys[layer], self.values[layer]
+        assert key is not None and value is not None
+        self.keys[layer], self.values[layer] = key.to(dtype), value.to(dtype)
 
     def placeholder(self) -> Prefix:
         """A Prefix without keys and values: installed during calibration, so that positions and masks are moved."""

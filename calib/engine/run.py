@@ -22,9 +22,19 @@ from calib.engine.journal import Journal
 from calib.engine.memory import release_pages, reusing_pages
 from calib.engine.prefix import PrefixBuilder
 from calib.engine.survey import Survey, survey
-from calib.errors import InputError
+from calib.errors import InputError, NumericsError
 from calib.methods import LowRank, low_rank_of, resolve
-from calib.model import Batch, BlockInputs, HiddenList, Plan, Resident, Stack, capture
+from calib.model import (
+    Batch,
+    BlockInputs,
+    HiddenList,
+    Plan,
+    Resident,
+    Stack,
+    capture,
+    in_float32,
+    is_finite,
+)
 from calib.observers import ranks
 from calib.recipe import Recipe
 
@@ -87,6 +97,14 @@ def split_probes(batch: Batch) -> list[Batch]:
         for start, end in itertools.pairwise(cuts)
         if start < min(end, size)
     ]
+
+
+def _checked(hidden: Tensor, mask: Tensor | None, name: str) -> Tensor:
+    """A block's output, if what it says of real tokens is finite."""
+    if not is_finite(hidden if mask is None or mask.shape != hidden.shape[:2] else hidden[mask]):
+        dtype = str(hidden.dtype).removeprefix("torch.")
+        raise NumericsError(f"{name} gives NaN or inf in {dtype}", "use another --dtype, or repair the weights")
+    return hidden
 
 
 class Engine:
@@ -195,45 +213,20 @@ class Engine:
         """All of a block; of a rank but 0 its observing, which all take part in. Float outputs, if they are kept."""
         block = self.model.get_submodule(name)
         given = self._given(i, inputs, functools.partial(self._prime, i, block, prefix))
-        with self._timed("probe"):
-            work = BlockCalibration(name, block, self.plan, self.recipe, self.rounding, given, self.low_rank)
-        targets = self._hidden() if self._float is not None else None
-        if self._float is not None and targets is not None:
-            with self._timed("targets"):
-                for j, call in enumerate(given.calls):
-                    targets.append(call.run(block, self._float[j]))
-        float_outputs = self._hidden() if self.recipe.inputs == "float" else None
-        with self._timed("observe"):
-            work.observe(float_outputs)
+        with in_float32(block):
+            work, float_outputs = self._solved(name, i, block, given, prefix)
         if ranks.rank() > 0:  # rank 0 does the rest, from the statistics of all
-            work.leave()
             return float_outputs
-        for state in work.states:
-            for method in self.methods:
-                with self._timed("solve"):
-                    found = work.solve(state, method)
-                with self._timed("fold"):
-                    work.apply(state, found)
-        with self._timed("fold"):
-            work.prove()
-            if self.prefix is not None and prefix is not None:
-                prefix.hidden[0] = self.prefix.take(i, block, prefix.calls[0][i], prefix.hidden[0])
-        with self._timed("weights"):
-            work.quantize(self._float)
-        if self.recipe.refine and targets is not None:
-            with self._timed("refine"):
-                work.refine(targets)
-        with self._timed("measure"):
-            work.measure()
-        self._float = targets
+        if self.prefix is not None and prefix is not None:
+            self.prefix.settle(i, prefix.hidden[0].dtype)
         with self._timed("propagate"), packed(block):
-            first = work.runs[0]()
+            first = given.run(block, 0)
             start = time.perf_counter()  # the kernels are prepared now
-            work.runs[0]()
+            given.run(block, 0)
             speed = [work.seconds, time.perf_counter() - start]
             if float_outputs is None:
-                inputs.hidden[0] = first
-                self._propagate(block, given, start=1)
+                inputs.hidden[0] = _checked(first, given.masks[0], name)
+                self._propagate(name, block, given, start=1)
             else:
                 inputs.hidden = float_outputs
         error = float((first - work.before).norm() / work.before.norm().clamp(min=1e-30))
@@ -254,13 +247,52 @@ class Engine:
             ranks.meet(f"writing {name}")
         return float_outputs
 
+    def _solved(
+        self, name: str, i: int, block: nn.Module, given: BlockInput, prefix: BlockInputs | None
+    ) -> tuple[BlockCalibration, HiddenStates | None]:
+        """Observe, solve, fold, quantize: the block holds QuantLinears afterwards, but on ranks other than 0."""
+        with self._timed("probe"):
+            work = BlockCalibration(name, block, self.plan, self.recipe, self.rounding, given, self.low_rank)
+        targets = self._hidden() if self._float is not None else None
+        if self._float is not None and targets is not None:
+            with self._timed("targets"):
+                for j, call in enumerate(given.calls):
+                    before = self._float[j]
+                    targets.append(call.run(block, before).to(before.dtype))
+        float_outputs = self._hidden() if self.recipe.inputs == "float" else None
+        with self._timed("observe"):
+            work.observe(float_outputs)
+        if ranks.rank() > 0:
+            work.leave()
+            return work, float_outputs
+        for state in work.states:
+            for method in self.methods:
+                with self._timed("solve"):
+                    found = work.solve(state, method)
+                with self._timed("fold"):
+                    work.apply(state, found)
+        with self._timed("fold"):
+            work.prove()
+            if self.prefix is not None and prefix is not None:
+                prefix.hidden[0] = self.prefix.take(i, block, prefix.calls[0][i], prefix.hidden[0])
+        with self._timed("weights"):
+            work.quantize(self._float)
+        if self.recipe.refine and targets is not None:
+            with self._timed("refine"):
+                work.refine(targets)
+        with self._timed("measure"):
+            work.measure()
+        self._float = targets
+        return work, float_outputs
+
     def _given(self, i: int, inputs: BlockInputs, refresh: Callable[[], None]) -> BlockInput:
         calls = [calls[i] for calls in inputs.calls]
         return BlockInput(inputs.hidden, calls, inputs.masks, refresh, self._share.first, self._share.probes)
 
-    def _propagate(self, block: nn.Module, given: BlockInput, start: int = 0) -> None:
+    def _propagate(self, name: str, block: nn.Module, given: BlockInput, start: int = 0) -> None:
         for j in range(start, len(given.calls)):
-            given.hidden[j] = given.run(block, j)
+            after = given.run(block, j).to(given.hidden[j].dtype)
+            given.hidden[j] = _checked(after, given.masks[j], name)
 
     def _again(self, name: str, i: int, inputs: BlockInputs, prefix: BlockInputs | None, journal: Journal) -> None:
         """A block that an earlier run finished: take its result and run it, so that the next one sees the same."""
@@ -268,16 +300,16 @@ class Engine:
         given = self._given(i, inputs, lambda: None)
         with self._timed("propagate"):
             if self.recipe.inputs == "float" or self._float is not None:
-                with self.store.hold(name):
+                with self.store.hold(name), in_float32(block):
                     self._prime(i, block, prefix)
                     if self._float is not None:
-                        self._propagate(block, dataclasses.replace(given, hidden=self._float))
+                        self._propagate(name, block, dataclasses.replace(given, hidden=self._float))
                     if self.recipe.inputs == "float":
-                        self._propagate(block, given)
+                        self._propagate(name, block, given)
             self._restore(name, i, prefix, journal)
             if self.recipe.inputs == "quantized":
                 with self.store.hold(name), packed(block):
-                    self._propagate(block, given)
+                    self._propagate(name, block, given)
 
     def _from_rank_0(
         self, name: str, i: int, inputs: BlockInputs, prefix: BlockInputs | None, outputs: HiddenStates | None
@@ -292,7 +324,7 @@ class Engine:
             inputs.hidden = outputs
             return
         with self._timed("propagate"), self.store.hold(name), packed(block):
-            self._propagate(block, self._given(i, inputs, lambda: None))
+            self._propagate(name, block, self._given(i, inputs, lambda: None))
 
     def _restore(self, name: str, i: int, prefix: BlockInputs | None, journal: Journal) -> None:
         if self.prefix is not None and prefix is not None:

@@ -9,8 +9,10 @@ from calib.model.blocks import (
     call_model,
     capture,
     find_stacks,
+    in_float32,
     observing,
     run_after,
+    to_dtype,
 )
 from calib.model.linears import apply_rewrites, linears
 from calib.model.plan import Entry, Plan, make_plan, small_batch, takes_rotation, target_of
@@ -33,6 +35,7 @@ __all__ = [
     "call_model",
     "capture",
     "find_stacks",
+    "in_float32",
     "is_finite",
     "linears",
     "make_plan",
@@ -41,4 +44,5 @@ __all__ = [
     "small_batch",
     "takes_rotation",
     "target_of",
+    "to_dtype",
 ]

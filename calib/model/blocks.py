@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from calib.errors import ModelError
 
 Batch = Mapping[str, Tensor]
+HALF = (torch.bfloat16, torch.float16)
 
 
 class HiddenList(Protocol):
@@ -52,11 +53,11 @@ class Call:
     kwargs: dict[str, Any]
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's hidden output, [batch, tokens, width]."""
-        if self.args:
-            out = block(hidden, *self.args[1:], **self.kwargs)
-        else:
-            out = block(**{**self.kwargs, "hidden_states": hidden})
+        """The block's hidden output, [batch, tokens, width]; all in fp32 where a half-precision block was made so."""
+        args, kwargs = self.args, self.kwargs
+        if {p.dtype for p in block.parameters()} == {torch.float32}:
+            hidden, args, kwargs = _widened((hidden, args, kwargs))
+        out = block(hidden, *args[1:], **kwargs) if args else block(**{**kwargs, "hidden_states": hidden})
         result = out if isinstance(out, Tensor) else out[0]
         assert isinstance(result, Tensor)
         return result
@@ -69,6 +70,39 @@ class BlockInputs:
     hidden: HiddenList
     calls: list[list[Call]] = field(default_factory=list)  # [batch][block]
     masks: list[Tensor | None] = field(default_factory=list)  # [batch]: [B, T] bool, True: a real token
+
+
+@contextlib.contextmanager
+def in_float32(block: nn.Module) -> Iterator[None]:
+    """A half-precision block in fp32 inside, where folds are proven and weights solved; rounded once, at the end."""
+    dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
+    if dtype not in HALF:
+        yield
+        return
+    to_dtype(block, torch.float32)
+    try:
+        yield
+    finally:
+        to_dtype(block, dtype)
+
+
+def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Parameters and saved buffers in another dtype. Buffers that no checkpoint holds (rotary frequencies) stay as
+    they are, as in a model that is loaded in that dtype."""
+    kept = [(m, n, m._buffers[n]) for m in module.modules() for n in m._non_persistent_buffers_set]
+    nn.Module.to(module, dtype)  # transformers refuses its own on a model that was dequantized from a GGUF file
+    for owner, name, buffer in kept:
+        owner._buffers[name] = buffer
+    return module
+
+
+def _widened(given: Any) -> Any:
+    """Half-precision tensors in tuples and dicts of a call, in fp32."""
+    if isinstance(given, Tensor):
+        return given.float() if given.dtype in HALF else given
+    if type(given) in (tuple, list):
+        return type(given)(map(_widened, given))
+    return {key: _widened(value) for key, value in given.items()} if type(given) is dict else given
 
 
 def block_candidates(model: nn.Module) -> dict[str, nn.Module]:

@@ -25,6 +25,7 @@ from calib.model.plan import Plan
 from calib.model.skeleton import Skeleton, read_config, skeleton
 from calib.model.terms import (
     HEAD,
+    ITEM,
     file_bytes,
     largest_block,
     memory_terms,
@@ -172,10 +173,11 @@ def estimate(
         machine = probe(folder, probe_shapes(bones), recipe.scheme.weights, recipe.scheme.inputs, dtype)
     share = -(-recipe.samples // world)  # windows of one process: the last one may have fewer
     batches = -(-share // recipe.batch_size)
-    hidden = batches * bones.hidden
+    state = bones.hidden * ITEM[dtype] // 4
+    hidden = batches * state
     output = stored(bones, recipe, dtype)
     memory = memory_terms(bones, recipe, dtype, machine, output)
-    least = min(hidden, 2 * bones.hidden)
+    least = min(hidden, 2 * state)
     free = budget if max_memory is None else max_memory - sum(memory.values())
     kept = min(hidden, max(free, least))
     memory["hidden states"] = kept
@@ -255,7 +257,7 @@ def _least_memory(bones: Skeleton, given: Recipe, given_dtype: torch.dtype, mach
     recipe, dtype = changes.get("recipe", given), changes.get("dtype", given_dtype)
     rows = changes.get("rows", bones.rows)
     memory = memory_terms(bones, recipe, dtype, machine, stored(bones, recipe, dtype), rows)
-    return sum(memory.values()) + 2 * bones.hidden * rows // bones.rows
+    return sum(memory.values()) + 2 * bones.hidden * ITEM[dtype] // 4 * rows // bones.rows
 
 
 def _remedies(cost: Cost, limit: int) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import InputError, ModelError
-from calib.model.blocks import Batch, Call, Stack, capture, find_stacks
+from calib.model.blocks import Batch, Call, Stack, capture, find_stacks, in_float32
 from calib.model.linears import apply_rewrites, find_rewrites, linears, loop_over_experts
 from calib.model.sites import Site, find_sites
 from calib.model.store import Resident
@@ -150,16 +150,17 @@ def _plan_block(
 ) -> tuple[BlockPlan, Tensor]:
     """A block's sites, each fold proven on its input, and its output."""
     block = model.get_submodule(name)
-    with record(block) as trace:
-        after = call.run(block, hidden)
-    sites = find_sites(trace, block)
-    run = functools.partial(call.run, block)
-    tolerance = tolerance_for(run, hidden, after)
-    for site in sites:
-        _try_fold(block, site, functools.partial(run, hidden), after, tolerance, generator)
-        if site.kind == "vo" and takes_rotation(site, recipe):
-            _find_head(block, site, functools.partial(run, hidden), after, tolerance)
-    return BlockPlan(name, sites), after
+    with in_float32(block):
+        with record(block) as trace:
+            after = call.run(block, hidden)
+        sites = find_sites(trace, block)
+        run = functools.partial(call.run, block)
+        tolerance = tolerance_for(run, hidden, after)
+        for site in sites:
+            _try_fold(block, site, functools.partial(run, hidden), after, tolerance, generator)
+            if site.kind == "vo" and takes_rotation(site, recipe):
+                _find_head(block, site, functools.partial(run, hidden), after, tolerance)
+    return BlockPlan(name, sites), after.to(hidden.dtype)
 
 
 def _try_fold(

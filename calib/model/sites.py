@@ -87,11 +87,26 @@ def affine_gain(module: nn.Module, x: Tensor) -> Gain | None:
     return None
 
 
-def _group_by_input(trace: Trace) -> list[list[Op]]:
+def _group_by_input(trace: Trace, apart: set[str]) -> list[list[Op]]:
     groups: dict[int, list[Op]] = {}
     for op in trace.module_ops(nn.Linear):
-        groups.setdefault(id(op.args[0]), []).append(op)
+        if op.path not in apart:
+            groups.setdefault(id(op.args[0]), []).append(op)
     return list(groups.values())
+
+
+def _run_again(trace: Trace) -> dict[str, Op]:
+    """The Linears that run more than once in a forward, on tensors of different making; one of their runs each."""
+    runs: dict[str, list[Op]] = {}
+    for op in trace.module_ops(nn.Linear):
+        runs.setdefault(op.path, []).append(op)
+    found = {}
+    for path, ops in runs.items():
+        makers = [_producer(trace, op.args[0]) for op in ops] if len(ops) > 1 else []
+        names = {None if isinstance(maker, str) else (maker[0].path, maker[1]) for maker in makers}
+        if None in names or len(names) > 1:
+            found[path] = ops[0]
+    return found
 
 
 def _producer(trace: Trace, tensor: Tensor) -> tuple[Op, int, list[Step], Tensor, Gain | None] | str:
@@ -147,7 +162,8 @@ def _join_sibling(sites: list[Site], path: str) -> bool:
 def _called_sites(trace: Trace) -> list[Site]:
     sites: list[Site] = []
     by_producer: dict[tuple[int, int], Site] = {}
-    for group in _group_by_input(trace):
+    again = _run_again(trace)
+    for group in _group_by_input(trace, set(again)):
         tensor = group[0].args[0]
         paths = [op.path for op in group]
         found = _producer(trace, tensor)
@@ -174,6 +190,8 @@ def _called_sites(trace: Trace) -> list[Site]:
             sites.append(site)
         site.routers += [op.path for op in group if _feeds(trace, op, "topk")]
         _find_context(trace, site, group)
+    for path, op in again.items():  # what it takes in each of its runs is one set of statistics
+        sites.append(Site("input", [[path]], op.args[0].shape[-1], note="it runs more than once in a forward"))
     return sites
 
 

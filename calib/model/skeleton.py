@@ -56,7 +56,7 @@ class Skeleton:
     """A model on the meta device, its unproven plan, and the work of each block on one batch [rows, tokens].
 
     work: by block name; blocks that are alike share one. hidden: bytes of the hidden state between a stack's blocks for
-    one batch, at the fp32 that it is kept in, the largest of the stacks.
+    one batch in fp32, the largest of the stacks.
     """
 
     model: nn.Module

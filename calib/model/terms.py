@@ -159,13 +159,14 @@ def memory_terms(
     """Terms of one process's peak but the hidden states. rows: of a batch, where not the recipe's. blocks_only: while
     blocks are calibrated, even if embeddings and head take more."""
     item, gptq = ITEM[dtype], "gptq" in recipe.methods
+    wide = max(item, 4)  # a half-precision block is calibrated in fp32
     fraction = 1.0 if rows is None else rows / bones.rows
     traced = next(bones.model.parameters()).element_size()
     sampled = min(SAMPLE_ROWS, recipe.samples * bones.tokens)
     phases = []
     for name in _unlike(bones):
         block = bones.model.get_submodule(name)
-        weights = item * sum(p.numel() for p in block.parameters())
+        weights = wide * sum(p.numel() for p in block.parameters())
         statistics, work = 0, [0]
         for site in _observed(bones.plan, name):
             n = site.features
@@ -177,7 +178,7 @@ def memory_terms(
             work.append(4 * n * stacked * SEARCH_COPIES + 2 * 4 * sampled * stacked)
             if gptq:  # the factor's matrices, and weights, scales, zeros, codes of all columns
                 work.append(4 * n * n * GPTQ_COPIES + 4 * 4 * n * stacked)
-        peak = int(bones.work[name].peak * fraction * item / traced)
+        peak = int(bones.work[name].peak * fraction * wide / traced)
         # a batch is in memory twice, going in and coming out, beside what is alive inside the block
         activations = peak + int(2 * bones.hidden * fraction)
         packed = sum(s * numel(shape) for key, (_, s, shape) in output.items() if key.startswith(name + "."))

@@ -125,7 +125,7 @@ def tolerance_for(run: Callable[[Tensor], Tensor], hidden: Tensor, before: Tenso
 
     A block that amplifies rounding (massive activations that cancel) is not held to more than it can keep.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, hidden = torch.Generator().manual_seed(0), hidden.float()
     sign = torch.randint(0, 2, hidden.shape, generator=generator).to(hidden) * 2 - 1
     noise = relative_error(run(hidden * (1 + torch.finfo(torch.float32).eps * sign)), before)
     return min(max(TOLERANCE, 4 * noise), 100 * TOLERANCE) if noise == noise else TOLERANCE
