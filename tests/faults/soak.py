@@ -1,0 +1,131 @@
+"""Run calib for a long time in one process and watch what grows.
+
+``python -m tests.faults.soak --minutes 10`` quantizes, saves, loads, runs and throws away, over and over; ``--cycles
+10000`` only quantizes and dequantizes a weight and an activation. Either prints resident memory, open files and threads
+at the start and the end, and the slope of memory a cycle: a least-squares line through the second half of the run, with
+the 95 % interval of its slope. An answer that differs from the first of its kind ends the run.
+
+A soak of four hours is the same command with ``--minutes 240``; it keeps one core busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+import calib
+from calib.nn import ActivationQuantizer, QuantLinear
+from calib.quantizers import AffineSpec
+from tests.families import batches, build
+
+SETTINGS = (
+    ("llama", "w8a8-static", "os+"),
+    ("opt", "w4a8", "rotate,os+,gptq"),
+    ("bert", "w8a8", "smoothquant"),
+    ("mixtral", "w4a16", "awq"),
+    ("gpt2", "w6a6-static", "os+"),
+)
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def handles() -> tuple[int, int]:
+    """Open files and threads."""
+    files, threads = (len(list(Path("/proc/self", name).iterdir())) for name in ("fd", "task"))
+    return files, threads
+
+
+def digest(*tensors: Tensor) -> bytes:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.digest()
+
+
+def round_trip(i: int) -> tuple[int, bytes]:
+    """A weight and an activation quantized, packed, run and decoded."""
+    generator = torch.Generator().manual_seed(i % 8)
+    weight = torch.randn(48, 64, generator=generator)
+    spec = AffineSpec(4 if i % 2 else 8, symmetric=True, granularity="channel")
+    inputs = ActivationQuantizer(AffineSpec(8, symmetric=False, granularity="token", dynamic=True), 64)
+    module = QuantLinear.from_float(weight, None, spec, inputs).set_mode("packed")
+    return i % 8, digest(module.dequantize(), module(torch.randn(4, 64, generator=generator)))
+
+
+def whole_job(i: int) -> tuple[int, bytes]:
+    """A tiny model quantized, saved, loaded and run."""
+    which = i % len(SETTINGS)
+    family, scheme, method = SETTINGS[which]
+    folder = Path(tempfile.mkdtemp())
+    try:
+        options = {"scheme_options": {"weight_group": 16}} if scheme == "w4a16" else {}
+        data = batches(family)
+        result = calib.quantize(
+            build(family), scheme, method, data, prefix="none", progress=False, report=False, **options
+        )
+        result.save(folder / "out", verified=False)
+        with torch.no_grad():
+            return which, digest(calib.load(folder / "out")(**data[0])[0])
+    finally:
+        shutil.rmtree(folder)
+
+
+def soak(job: Callable[[int], tuple[int, bytes]], cycles: int | None, seconds: float | None) -> str:
+    """Repeat a job; the lines that say what grew. AssertionError where an answer changed."""
+    answers: dict[int, bytes] = {}
+    memory = array("q", bytes(8 << 20))  # a list of a million numbers would be what grows
+    started, i = time.monotonic(), 0
+    first = handles()
+    while (cycles is None or i < cycles) and (seconds is None or time.monotonic() - started < seconds):
+        key, answer = job(i)
+        assert answers.setdefault(key, answer) == answer, f"cycle {i} gave another answer than the first of its kind"
+        memory[i] = resident()
+        i += 1
+        if i == 16:  # libraries are warm
+            gc.collect()
+            first = handles()
+    half = memory[i // 2 : i]
+    line = stats.linregress(range(len(half)), half)
+    interval = float(stats.t.ppf(0.975, len(half) - 2)) * line.stderr
+    last = handles()
+    return "\n".join(
+        [
+            f"{i} cycles in {time.monotonic() - started:.0f} s, every answer the first one's",
+            f"memory {memory[0] / 2**20:.1f} MiB at first, {memory[i // 2] / 2**20:.1f} half way, "
+            f"{memory[i - 1] / 2**20:.1f} at the end",
+            f"slope of the second half: {line.slope:.1f} +- {interval:.1f} bytes a cycle",
+            f"open files {first[0]} then {last[0]}, threads {first[1]} then {last[1]}",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--minutes", type=float, help="of whole jobs")
+    what.add_argument("--cycles", type=int, help="of quantizing and dequantizing")
+    given = parser.parse_args()
+    torch.set_grad_enabled(False)
+    if given.cycles:
+        print(soak(round_trip, given.cycles, None))
+    else:
+        print(soak(whole_job, None, 60 * given.minutes))
+
+
+if __name__ == "__main__":
+    main()
