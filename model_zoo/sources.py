@@ -242,7 +242,12 @@ def load_tokenizer(found: ResolvedModel, trust_remote_code: bool = False) -> Pre
     from transformers import AutoTokenizer
 
     if found.gguf_file:
-        return AutoTokenizer.from_pretrained(found.path, gguf_file=found.gguf_file)
+        try:
+            return AutoTokenizer.from_pretrained(found.path, gguf_file=found.gguf_file)
+        except KeyError as error:
+            if error.args != ("tokens",):
+                raise
+            return None  # the file holds no vocabulary
     if found.origin != "hub" and not any((Path(found.path) / file).is_file() for file in _TOKENIZER_FILES):
         return None
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import resource
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -214,3 +216,13 @@ def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(CalibError):
         calib.load(tmp_path)
     assert "calib_was_had" not in sys.modules
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
+def test_damaged_gguf_and_onnx_files_end() -> None:
+    """In a process of its own, which forks for every file."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.faults.foreign", "--draws", "40"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(re.findall(r"^\w+", done.stdout, re.M)) == {"gguf", "onnx"} and "hung" not in done.stdout
