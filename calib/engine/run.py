@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,14 @@ def _checked(hidden: Tensor, mask: Tensor | None, name: str) -> Tensor:
         dtype = str(hidden.dtype).removeprefix("torch.")
         raise NumericsError(f"{name} gives NaN or inf in {dtype}", "use another --dtype, or repair the weights")
     return hidden
+
+
+def _distance(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want|."""
+    found = float((got - want).norm() / want.norm().clamp(min=1e-30))
+    if math.isfinite(found):
+        return found
+    return float((got - want).double().norm() / want.double().norm().clamp(min=1e-30))  # squares beyond fp32
 
 
 class Engine:
@@ -229,7 +238,7 @@ class Engine:
                 self._propagate(name, block, given, start=1)
             else:
                 inputs.hidden = float_outputs
-        error = float((first - work.before).norm() / work.before.norm().clamp(min=1e-30))
+        error = _distance(first, work.before)
         record = {
             "error": error,
             "sites": work.record,

@@ -23,7 +23,8 @@ SEARCH_COPIES = 3  # float copies of a site's stacked weights while it is search
 GPTQ_COPIES = 9  # fp32 n x n matrices alive at GPTQ's peak: four in fp64, one in fp32
 # Search: evaluations of a site's objective on few rows and on all, and passes over the weights in each.
 RANKED, RANK_ROWS, RESCORED, WEIGHT_PASSES = 80, 256, 12, 4
-CONTEXT_ROWS, CONTEXT_RESCORED = 1024, 25  # where a context is judged: rows of a ranking, and as many more of a score
+# Where a context is judged: evaluations on few rows, rows of each, evaluations on as many more.
+CONTEXT_RANKED, CONTEXT_ROWS, CONTEXT_RESCORED = 105, 1024, 40
 SEARCH_CALLS = 100_000  # ops started for one site's search
 LOGIT_COPIES = 3  # fp32 logits alive when an answer is compared: it, the fresh process's, their difference
 # Logits a choice of a prefix holds at a time, beside their exponentials: so many that glibc maps them apart from the
@@ -321,14 +322,14 @@ def _search(
     """Seconds of one site's search. sites: of its block; stacked: outputs of its consumers; tokens: of work's batch."""
     n = site.features
     rate = m.gemm if recipe.scheme.inputs is None else m.packed  # integer products where both sides are integers
-    rows, scored, between = RANKED * RANK_ROWS + RESCORED * SAMPLE_ROWS, RESCORED, 0.0
+    rows, tried, between = RANKED * RANK_ROWS + RESCORED * SAMPLE_ROWS, RANKED + RESCORED, 0.0
     if site.context is not None and recipe.objective == "context":
-        scored = CONTEXT_RESCORED
-        rows = (RANKED + scored) * CONTEXT_ROWS
+        tried = CONTEXT_RANKED + CONTEXT_RESCORED
+        rows = tried * CONTEXT_ROWS
         between = rows * 4 * (INPUT_PASSES * n + OUTPUT_PASSES * stacked) / m.copy
         if any(other.kind == "vo" and set(other.consumers) & set(site.stops) for other in sites):
             between += rows / tokens * work.attention / m.attention
-    passes = (RANKED + scored) * WEIGHT_PASSES * 4 * n * stacked * 2
+    passes = tried * WEIGHT_PASSES * 4 * n * stacked * 2
     return (2 * n * stacked * rows / rate + passes / m.copy + between) / GIGA + SEARCH_CALLS * m.call
 
 

@@ -190,31 +190,50 @@ def test_a_linear_that_runs_twice_is_quantized_for_both_or_left_for_a_reason() -
 
 
 @st.composite
+def configs(draw: st.DrawFn) -> t.PreTrainedConfig:
+    """Of a tiny Llama, OPT (LayerNorm, biases, learned positions) or Mixtral (experts), of odd widths."""
+    heads, kind = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from(["llama", "llama", "opt", "mixtral"]))
+    width, inner = heads * 2 * draw(st.integers(1, 8)), draw(st.integers(1, 40))
+    if kind == "mixtral":  # torch's grouped product wants rows of whole 16 bytes
+        width, inner = 4 * width, 8 * -(-inner // 8)
+    common: dict[str, Any] = {
+        "vocab_size": 128,
+        "hidden_size": width,
+        "num_hidden_layers": draw(st.integers(1, 2)),
+        "num_attention_heads": heads,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    spread = draw(st.sampled_from([0.02, 0.5]))
+    if kind == "opt":
+        bias = draw(st.booleans())
+        return t.OPTConfig(
+            **common, ffn_dim=inner, word_embed_proj_dim=width, enable_bias=bias, init_std=spread,
+            do_layer_norm_before=draw(st.booleans()),
+        )  # fmt: skip
+    common |= {
+        "intermediate_size": inner,
+        "num_key_value_heads": draw(st.sampled_from([h for h in (1, 2, 4) if heads % h == 0])),
+        "initializer_range": spread,
+    }
+    if kind == "mixtral":
+        return t.MixtralConfig(**common, num_local_experts=draw(st.sampled_from([2, 5])))
+    return t.LlamaConfig(**common, attention_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()))
+
+
+@st.composite
 def models(draw: st.DrawFn) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
-    """A tiny Llama with odd values, and how to quantize it."""
-    heads = draw(st.sampled_from([1, 2, 4]))
-    config = t.LlamaConfig(
-        vocab_size=128,
-        hidden_size=heads * 2 * draw(st.integers(1, 8)),
-        intermediate_size=draw(st.integers(1, 40)),
-        num_hidden_layers=draw(st.integers(1, 2)),
-        num_attention_heads=heads,
-        num_key_value_heads=draw(st.sampled_from([h for h in (1, 2, 4) if heads % h == 0])),
-        max_position_embeddings=32,
-        attention_bias=draw(st.booleans()),
-        mlp_bias=draw(st.booleans()),
-        tie_word_embeddings=draw(st.booleans()),
-        initializer_range=draw(st.sampled_from([0.02, 0.5])),
-    )
+    """A tiny model with odd values, and how to quantize it."""
+    config = draw(configs())
     seed, gain = draw(st.integers(0, 99)), draw(st.sampled_from([0.0, 1e-20, 1.0, 100.0, 1e4, 1e18]))
-    where = draw(st.sampled_from(["layernorm.weight", "down_proj.weight", "v_proj.weight", "embed_tokens.weight"]))
+    where = draw(st.sampled_from(["norm.weight", "down_proj", "fc2.weight", "v_proj.weight", "embed_tokens.weight"]))
     rows, length = draw(st.integers(1, 3)), draw(st.integers(1, 12))
 
     def make() -> nn.Module:
         torch.manual_seed(seed)
-        model = t.LlamaForCausalLM(config).eval()
+        model = t.AutoModelForCausalLM.from_config(config).eval()
         for name, parameter in model.named_parameters():
-            if name.endswith(where):
+            if where in name:
                 parameter.data[: max(1, len(parameter) // 8)] *= gain
         return model.requires_grad_(False)
 
