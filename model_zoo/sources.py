@@ -80,6 +80,9 @@ WHEELS: dict[str, WheelModel] = {
 }
 
 
+MOST_LAYERS = 10_000  # building more takes forever
+
+
 @dataclass(frozen=True)
 class ResolvedModel:
     """Where a model lies. `path` is a folder, or a hub id when `origin` is "hub". `gguf_file`, a file name in it, is
@@ -150,6 +153,8 @@ def load_model(
     with _quiet(progress), _one_line(found):
         config = AutoConfig.from_pretrained(found.path, **options)
         auto_class = _auto_class(config, task)
+        if found.origin != "hub":
+            _check_claims(found, config, auto_class)
         if not found.gguf_file:
             options["use_safetensors"] = True
         network, info = auto_class.from_pretrained(
@@ -200,6 +205,20 @@ def _check_folder(found: ResolvedModel) -> None:
         raise ModelError(
             f"{found.name} has no .safetensors file", "save it with save_pretrained(safe_serialization=True)"
         )
+
+
+def _check_claims(found: ResolvedModel, config: PreTrainedConfig, auto_class: Any) -> None:
+    """Refuse a config that asks for more numbers than its files can hold, before any of them is allocated."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > MOST_LAYERS:
+        raise ModelError(f"{found.name} claims {layers} layers", "download it again")
+    folder = Path(found.path)
+    files = [folder / found.gguf_file] if found.gguf_file else folder.glob("*.safetensors")
+    held = sum(file.stat().st_size for file in files)
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in auto_class.from_config(config).parameters())
+    if numbers > 16 * held:  # no format takes less than a bit for each
+        raise ModelError(f"{found.name} claims {numbers} weights, and its files have {held} bytes", "download it again")
 
 
 def _auto_class(config: PreTrainedConfig, task: Task) -> Any:

@@ -31,6 +31,8 @@ from calib.model.skeleton import read_config as model_config
 from calib.model.store import shards
 from calib.options import _scheme
 from calib.recipe import SCHEMES
+from model_zoo.sources import load_model
+from tests.families import build
 from tests.faults.box import DOWN, HUGE, INDEX, WEIGHTS, entry, packed_header
 from tests.faults.draw import JSON, changed, damaged, faults
 
@@ -216,6 +218,17 @@ def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(CalibError):
         calib.load(tmp_path)
     assert "calib_was_had" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"), [({"num_hidden_layers": 10**9}, "layers"), ({"vocab_size": 10**12}, "weights, and its files")]
+)
+def test_what_a_config_claims_is_not_built(claim: dict[str, int], said: str, tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **claim}))
+    with pytest.raises(ModelError, match=f"claims .*{said}"):
+        load_model(tmp_path, progress=False)
 
 
 @pytest.mark.slow
