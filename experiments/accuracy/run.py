@@ -78,6 +78,7 @@ BOTH = [
     Arm("os+, prefix", "os+", ON, more=True),
     Arm("hadamard,os+, prefix", "hadamard,os+", ON),
     Arm("rotate,os+, prefix", "rotate,os+", ON),
+    Arm("hadamard,os+, prefix, 64 windows", "hadamard,os+", {**ON, "samples": 64}, more=True),
     Arm("auto", "auto"),
 ]
 ROUNDED = [
@@ -86,6 +87,7 @@ ROUNDED = [
     Arm("rotate,os+,gptaq, prefix", "rotate,os+,gptaq", ON, more=True),
     Arm("hadamard,os+,gptq, prefix, learned", "hadamard,os+,gptq", LEARNED, more=True),
     Arm("rotate,os+,gptq, prefix, learned", "rotate,os+,gptq", LEARNED),
+    Arm("rotate,os+,gptq, prefix, learned, 64 windows", "rotate,os+,gptq", {**LEARNED, "samples": 64}, more=True),
 ]
 SAMPLES = [Arm(f"os+, {n} samples", "os+", {**PLAIN, "samples": n}, more=True) for n in (1, 4, 16, 128)]
 

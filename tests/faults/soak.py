@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from scipy import stats
 from torch import Tensor
 
@@ -121,6 +122,7 @@ def main() -> None:
     what.add_argument("--cycles", type=int, help="of quantizing and dequantizing")
     given = parser.parse_args()
     torch.set_grad_enabled(False)
+    transformers.utils.logging.disable_progress_bar()
     if given.cycles:
         print(soak(round_trip, given.cycles, None))
     else:
