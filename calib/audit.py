@@ -13,6 +13,9 @@ from calib.nn import LowRankLinear, changed_linears
 from calib.result import Result
 
 
+ENOUGH = 64  # weights that are never all within half a step of each other
+
+
 def audit(model: nn.Module, result: Result) -> list[str]:
     """What a result changed beyond its plan or left undone, a line each; empty where all is as the plan says.
 
@@ -36,7 +39,7 @@ def _planned(stock: nn.Module, result: Result) -> Iterator[str]:
         assert isinstance(weight, Tensor)
         if isinstance(module, LowRankLinear) or not bool(weight.any()):
             continue
-        alike = bool((weight == weight[:, :1]).all())  # rows of one value, whose codes may well be one
+        alike = weight.numel() < ENOUGH or bool((weight == weight[:, :1]).all())  # their codes may well be one
         if module.weight_spec.integer and not alike and len(module.codes().unique()) < 2:
             yield f"{name} holds a single code"
         if torch.equal(module.dequantize().to(weight.dtype), weight) and module.input.spec is None:
