@@ -12,7 +12,6 @@ from calib.model import Plan, apply_rewrites
 from calib.nn import LowRankLinear, changed_linears
 from calib.result import Result
 
-
 ENOUGH = 64  # weights that are never all within half a step of each other
 
 

@@ -198,7 +198,7 @@ def tried(
     found = candidates(scheme, stock)
     rows = min(int(options.get("samples", 128)), TRIAL_ROWS + HELD_ROWS)
     recipe = make_recipe(scheme, found[0].method, stock, **{**found[0].options_with(options), "samples": rows})
-    prepare.join_ranks(model, out)
+    prepare.join_ranks(model, out, prepare.device_named(common.get("device", "cpu")))
     why = "no time for trials" if limit <= 0 else "several processes" if ranks.world() > 1 else prepare.too_large(model)
     if why:
         return Tried(found[0], [], f"auto: {found[0]}, the first candidate, untried ({why})", Memory(None, {}))

@@ -86,6 +86,7 @@ def quantize(
     ] = (True),
     threads: Threads = None,
     dtype: Dtype = "float32",
+    device: Annotated[str, typer.Option(help="Where blocks run on the data: cpu, cuda, cuda:1.")] = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -112,6 +113,7 @@ def quantize(
             overwrite=overwrite,
             verified=verify,
             dtype=_dtype(dtype),
+            device=device,
             max_memory=None if max_memory is None else parse_size(max_memory),
             auto_seconds=auto_seconds,
             report=report,

@@ -42,14 +42,30 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join_ranks(model: Model, out: str | os.PathLike[str] | None) -> None:
+def device_named(name: str) -> torch.device:
+    """The device that blocks run on: under torchrun each process's own of several. Raises InputError for none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}", "use cpu, cuda or cuda:1") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise InputError(f"there is no {device.type} device that torch can use here", "use --device cpu")
+    if ":" not in name:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_ranks(model: Model, out: str | os.PathLike[str] | None, device: torch.device | None = None) -> None:
     """Take part in the run that torchrun started, if it did. Raises InputError where a run cannot be shared."""
     if world_size() == 1:
         return
     if isinstance(model, nn.Module) or out is None:
         raise InputError("several processes need a model by name and an --out", "give both, or run without torchrun")
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo" if device is None or device.type == "cpu" else "nccl")
 
 
 def load_model(
@@ -126,7 +142,11 @@ def about_model(model: Model, network: nn.Module, dtype: torch.dtype) -> dict[st
 
 
 def fingerprint(
-    model: str | os.PathLike[str], recipe: BaseModel, tokens: TokenData, dtype: torch.dtype
+    model: str | os.PathLike[str],
+    recipe: BaseModel,
+    tokens: TokenData,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """All that decides what a run writes."""
     return {
@@ -134,6 +154,7 @@ def fingerprint(
         "data": tokens.fingerprint,
         "recipe": recipe.model_dump(mode="json"),
         "dtype": str(dtype),
+        **({} if device is None or device.type == "cpu" else {"device": device.type}),
         "versions": checkpoint.versions(),
     }
 

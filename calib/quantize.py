@@ -49,6 +49,7 @@ def quantize(
     verified: bool = True,
     progress: bool = True,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     max_memory: int | None = None,
     auto_seconds: float = auto.SECONDS,
     report: bool = True,
@@ -63,6 +64,7 @@ def quantize(
     folder, hub id, strings or token dicts, ``calib.data.like(target, pool)``, ``"self"`` for windows that the model
     writes; None uses text that needs no network. out: the folder to write; weights then come from the model's files a
     block at a time, finished blocks are journaled beside it, and the same call goes on where a killed one stopped.
+    device: where blocks run on the data (``"cuda"``); they are solved on the CPU.
     max_memory: bytes that the process may take; hidden states that do not fit lie in a file. report: measure a few
     windows before and after, and write report.html and report.json into ``out``. options: fields of
     calib.recipe.Recipe (samples, seq_len, seed, sites, prefix, search, shift, scale, refine, inputs, float_rows,
@@ -72,6 +74,7 @@ def quantize(
     and fix.
     """
     started, seconds = time.perf_counter(), dict[str, float]()
+    place = prepare.device_named(device)
     if out is not None:
         prepare.check_apart(out, model, data)
         check_out(out, overwrite=overwrite)
@@ -79,14 +82,14 @@ def quantize(
     recipe, tried = _recipe(scheme, method, format, dtype, scheme_options, options), None
     if method == "auto":
         data = data if data is None or isinstance(data, (str, os.PathLike, Like)) else list(data)
-        common = {"tokenizer": tokenizer, "format": format, "dtype": dtype, "progress": progress}
+        common = {"tokenizer": tokenizer, "format": format, "dtype": dtype, "device": device, "progress": progress}
         with _timed(seconds, "auto"):
             formats = make_scheme(scheme, **(scheme_options or {}))
             kept = None if overwrite else out
             tried = auto.tried(quantize, model, formats, data, kept, auto_seconds, common, options)
         method, options = tried.candidate.method, tried.candidate.options_with(options)
         recipe = _recipe(scheme, method, format, dtype, scheme_options, options)
-    prepare.join_ranks(model, out)
+    prepare.join_ranks(model, out, place)
     progress = progress and ranks.rank() == 0
     training = basel_of(recipe)
     with _timed(seconds, "load"):
@@ -124,7 +127,7 @@ def quantize(
 
     journal, shards = None, None
     if out is not None and not isinstance(model, nn.Module):
-        journal = open_journal(out, prepare.fingerprint(model, recipe, tokens, dtype), anew=overwrite)
+        journal = open_journal(out, prepare.fingerprint(model, recipe, tokens, dtype, place), anew=overwrite)
         journal.expect(plan.block_names())
         about |= {"files": journal.fingerprint["model"]} if report else {}
         shards = Shards(checkpoint.require_transformers(network), plan.block_names())
@@ -142,6 +145,7 @@ def quantize(
             journal=journal,
             shards=None if shards is None else shards.blocks,
             budget=budget,
+            device=place,
         )
         with writing(Path(out)) if out is not None else contextlib.nullcontext():
             outcome = engine.run(tokens.batches)

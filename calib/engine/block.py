@@ -20,7 +20,7 @@ from calib.engine.factors import STAYS_DENSE, LowRankWork
 from calib.engine.state import SiteState
 from calib.errors import NumericsError
 from calib.methods import ShiftScale, SiteMethod, WeightMethod
-from calib.model import Call, HiddenList, Plan, Site, is_finite, observing
+from calib.model import Call, HiddenList, Plan, Site, device_of, is_finite, observing
 from calib.nn import ActivationQuantizer, AttentionFormat, QuantLinear, attention_modules
 from calib.observers import Moments
 from calib.quantizers import AnyWeight
@@ -105,13 +105,13 @@ class BlockCalibration:
 
         def take(path: str, x: Tensor) -> None:
             state, group = taps[path]
-            state.observe(group, x, mask[0], first[0])
+            state.observe(group, x, None if mask[0] is None else mask[0].to(x.device), first[0])
 
         with observing({path: self.block.get_submodule(path) for path in taps}, take):
             for run, mask[0], first[0] in zip(self.runs, self.given.masks, self.given.first, strict=True):
                 out = run()
                 if outputs is not None:
-                    outputs.append(out.to(self.given.hidden[0].dtype))
+                    outputs.append(out.to(self.given.hidden[0]))
         for state in self.states:
             state.finish(f"{self.name}.{state.target.name}")
             if unseen := state.detail.get("unseen"):
@@ -249,12 +249,13 @@ class BlockCalibration:
 
     def refine(self, targets: HiddenList) -> None:
         """Learn rounding and clipping from the block's output error against ``targets``, one hidden state a batch."""
+        device = device_of(self.block)
         found = reconstruct(
             self.block,
-            self.floats,
+            {path: weight.to(device) for path, weight in self.floats.items()},
             self.runs_of,
-            targets.__getitem__,
-            self.given.masks,
+            lambda i: targets[i].to(device),
+            [None if mask is None else mask.to(device) for mask in self.given.masks],
             steps=self.recipe.refine,
             seed=zlib.crc32(self.name.encode()) + self.recipe.seed,
             held=self.given.probes,

@@ -35,10 +35,12 @@ from calib.model import (
     capture,
     in_float32,
     is_finite,
+    on_device,
 )
 from calib.observers import ranks
 from calib.recipe import Recipe
 
+CPU = torch.device("cpu")
 SURVEY = "survey"  # what a journal calls it
 PROBE_TOKENS, SEARCH_TOKENS = 512, 2048  # of a probe, two of which a search ranks on; and that it scores on, at least
 
@@ -136,7 +138,10 @@ class Engine:
         journal: Journal | None = None,
         shards: Mapping[str, str] | None = None,
         budget: int | None = None,
+        device: torch.device = CPU,
     ) -> None:
+        """device: where blocks run on the data; they are solved on the CPU, where all else stays."""
+        self.device = device
         self.model, self.plan, self.recipe, self.prefix, self.progress = model, plan, recipe, prefix, progress
         self.store, self.journal, self.budget = store or Resident(), journal, budget
         self.shards = shards or {}
@@ -228,10 +233,10 @@ class Engine:
             return float_outputs
         if self.prefix is not None and prefix is not None:
             self.prefix.settle(i, prefix.hidden[0].dtype)
-        with self._timed("propagate"), packed(block):
-            first = given.run(block, 0)
+        with self._timed("propagate"), on_device(block, self.device), packed(block):
+            first = given.run(block, 0).cpu()
             start = time.perf_counter()  # the kernels are prepared now
-            given.run(block, 0)
+            given.run(block, 0).cpu()
             speed = [work.seconds, time.perf_counter() - start]
             if float_outputs is None:
                 inputs.hidden[0] = _checked(first, given.masks[0], name)
@@ -264,12 +269,12 @@ class Engine:
             work = BlockCalibration(name, block, self.plan, self.recipe, self.rounding, given, self.low_rank)
         targets = self._hidden() if self._float is not None else None
         if self._float is not None and targets is not None:
-            with self._timed("targets"):
+            with self._timed("targets"), on_device(block, self.device):
                 for j, call in enumerate(given.calls):
                     before = self._float[j]
-                    targets.append(call.run(block, before).to(before.dtype))
+                    targets.append(call.run(block, before).to(before))
         float_outputs = self._hidden() if self.recipe.inputs == "float" else None
-        with self._timed("observe"):
+        with self._timed("observe"), on_device(block, self.device):
             work.observe(float_outputs)
         if ranks.rank() > 0:
             work.leave()
@@ -287,7 +292,7 @@ class Engine:
         with self._timed("weights"):
             work.quantize(self._float)
         if self.recipe.refine and targets is not None:
-            with self._timed("refine"):
+            with self._timed("refine"), on_device(block, self.device):
                 work.refine(targets)
         with self._timed("measure"):
             work.measure()
@@ -300,7 +305,7 @@ class Engine:
 
     def _propagate(self, name: str, block: nn.Module, given: BlockInput, start: int = 0) -> None:
         for j in range(start, len(given.calls)):
-            after = given.run(block, j).to(given.hidden[j].dtype)
+            after = given.run(block, j).to(given.hidden[j])
             given.hidden[j] = _checked(after, given.masks[j], name)
 
     def _again(self, name: str, i: int, inputs: BlockInputs, prefix: BlockInputs | None, journal: Journal) -> None:
@@ -309,7 +314,7 @@ class Engine:
         given = self._given(i, inputs, lambda: None)
         with self._timed("propagate"):
             if self.recipe.inputs == "float" or self._float is not None:
-                with self.store.hold(name), in_float32(block):
+                with self.store.hold(name), in_float32(block), on_device(block, self.device):
                     self._prime(i, block, prefix)
                     if self._float is not None:
                         self._propagate(name, block, dataclasses.replace(given, hidden=self._float))
@@ -317,7 +322,7 @@ class Engine:
                         self._propagate(name, block, given)
             self._restore(name, i, prefix, journal)
             if self.recipe.inputs == "quantized":
-                with self.store.hold(name), packed(block):
+                with self.store.hold(name), on_device(block, self.device), packed(block):
                     self._propagate(name, block, given)
 
     def _from_rank_0(
@@ -332,7 +337,7 @@ class Engine:
         if outputs is not None:
             inputs.hidden = outputs
             return
-        with self._timed("propagate"), self.store.hold(name), packed(block):
+        with self._timed("propagate"), self.store.hold(name), on_device(block, self.device), packed(block):
             self._propagate(name, block, self._given(i, inputs, lambda: None))
 
     def _restore(self, name: str, i: int, prefix: BlockInputs | None, journal: Journal) -> None:

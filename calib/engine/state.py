@@ -45,7 +45,7 @@ class SiteState:
         self.tokens = [0] * len(site.groups)
         self.head = torch.empty(0, n)  # the first rows, in order, for the picture
         self.shift: Tensor | None = None
-        self.transformed = False
+        self.transformed = self.on_device = False
         self.detail: dict[str, Any] = {}
 
     def observe(self, group: int, x: Tensor, mask: Tensor | None, first: int | None = None) -> None:
@@ -68,12 +68,15 @@ class SiteState:
                 self.moments[group].update(rows)
             taken += rows.shape[0]
         self.tokens[group] += taken
+        self.on_device |= x.device.type != "cpu"
 
     def finish(self, name: str) -> None:
         """After observing: become the statistics of all ranks, where torch.distributed runs (every rank must call it,
         once); refuse what is not finite; an expert nobody reached gets the whole site's moments."""
         for observer in (self.range, self.sample, self.quantile, *self.moments):
             observer.all_reduce()
+            if self.on_device:  # solving is done on the CPU
+                observer.load_state_dict({key: tensor.cpu() for key, tensor in observer.state_dict().items()})
         self.tokens = ranks.total(self.tokens)
         if self.range.count == 0:
             raise NumericsError(f"{name} saw no calibration token", "give more data, or exclude the layer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -53,10 +54,9 @@ class Call:
     kwargs: dict[str, Any]
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's hidden output, [batch, tokens, width]; all in fp32 where a half-precision block was made so."""
-        args, kwargs = self.args, self.kwargs
-        if {p.dtype for p in block.parameters()} == {torch.float32}:
-            hidden, args, kwargs = _widened((hidden, args, kwargs))
+        """The block's hidden output, [batch, tokens, width], where the block is; all in fp32 where a half-precision
+        block was made so."""
+        hidden, args, kwargs = _like(block, (hidden, self.args, self.kwargs))
         out = block(hidden, *args[1:], **kwargs) if args else block(**{**kwargs, "hidden_states": hidden})
         result = out if isinstance(out, Tensor) else out[0]
         assert isinstance(result, Tensor)
@@ -96,13 +96,37 @@ def to_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def _widened(given: Any) -> Any:
-    """Half-precision tensors in tuples and dicts of a call, in fp32."""
-    if isinstance(given, Tensor):
-        return given.float() if given.dtype in HALF else given
-    if type(given) in (tuple, list):
-        return type(given)(map(_widened, given))
-    return {key: _widened(value) for key, value in given.items()} if type(given) is dict else given
+@contextlib.contextmanager
+def on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """A block that lives on the CPU, on a device inside."""
+    if device.type == "cpu":
+        yield
+        return
+    nn.Module.to(block, device)
+    try:
+        yield
+    finally:
+        nn.Module.to(block, "cpu")
+
+
+def device_of(block: nn.Module) -> torch.device:
+    """Where the block's parameters, or else its buffers, are."""
+    tensors = itertools.chain(block.parameters(), block.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _like(block: nn.Module, given: Any) -> Any:
+    """Tensors in tuples and dicts of a call where the block is; half ones in fp32 if all of its parameters are."""
+    device, wide = device_of(block), {p.dtype for p in block.parameters()} == {torch.float32}
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, torch.float32 if wide and value.dtype in HALF else value.dtype)
+        if type(value) in (tuple, list):
+            return type(value)(map(moved, value))
+        return {key: moved(item) for key, item in value.items()} if type(value) is dict else value
+
+    return moved(given)
 
 
 def block_candidates(model: nn.Module) -> dict[str, nn.Module]:

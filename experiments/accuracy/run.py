@@ -7,9 +7,9 @@
     python -m experiments.accuracy.run figure           # accuracy.png: each method's loss over float, by scheme
 
 A cell is one model, scheme, method and seed. Finished cells are kept in results-<model>.json and skipped; --all adds
-the ablations. Calibration: 32 x 512 tokens of WikiText-2's validation text (the seed draws them), 128 training
-sentences of SST-2 and STS-B; test splits only judge, and what was chosen between was chosen on other data. Weight-only
-schemes are symmetric in groups of 64.
+the ablations. Calibration: 32 x 512 tokens of WikiText-2's validation text (the seed draws them), 64 of SmolLM2's auto,
+128 training sentences of SST-2 and STS-B; test splits only judge, and what was chosen between was chosen on other
+data. Weight-only schemes are symmetric in groups of 64.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Arm:
 
 PLAIN: dict[str, Any] = {"prefix": "none", "sites": FOLDS}  # as published: folds only, no prefix
 ON: dict[str, Any] = {"prefix": "on"}
+MORE = {"samples": 64}  # static ranges and learned rounding gain from more data; half of calib's own default
 LEARNED: dict[str, Any] = {**ON, "refine": 40, "batch_size": 2}  # rounding and clipping, by each block's output
 WEIGHT_ONLY = [
     Arm("rtn, min-max", "rtn", {**PLAIN, "scheme_options": {"weight_range": "minmax"}}),
@@ -78,7 +79,7 @@ BOTH = [
     Arm("os+, prefix", "os+", ON, more=True),
     Arm("hadamard,os+, prefix", "hadamard,os+", ON),
     Arm("rotate,os+, prefix", "rotate,os+", ON),
-    Arm("hadamard,os+, prefix, 64 windows", "hadamard,os+", {**ON, "samples": 64}, more=True),
+    Arm("hadamard,os+, prefix, 64 windows", "hadamard,os+", {**ON, **MORE}, more=True),
     Arm("auto", "auto"),
 ]
 ROUNDED = [
@@ -87,7 +88,7 @@ ROUNDED = [
     Arm("rotate,os+,gptaq, prefix", "rotate,os+,gptaq", ON, more=True),
     Arm("hadamard,os+,gptq, prefix, learned", "hadamard,os+,gptq", LEARNED, more=True),
     Arm("rotate,os+,gptq, prefix, learned", "rotate,os+,gptq", LEARNED),
-    Arm("rotate,os+,gptq, prefix, learned, 64 windows", "rotate,os+,gptq", {**LEARNED, "samples": 64}, more=True),
+    Arm("rotate,os+,gptq, prefix, learned, 64 windows", "rotate,os+,gptq", {**LEARNED, **MORE}, more=True),
 ]
 SAMPLES = [Arm(f"os+, {n} samples", "os+", {**PLAIN, "samples": n}, more=True) for n in (1, 4, 16, 128)]
 
@@ -147,10 +148,13 @@ class Driver:
     settings: dict[str, Any]
     measure: Callable[[calib.Result | None], dict[str, Any]]
     key: str
+    auto: dict[str, Any] = field(default_factory=dict)  # settings of method auto, where they are others
 
 
 DRIVERS = {
-    "smollm2": Driver("smollm2-135m", WIKITEXT / "valid.txt", {"samples": 32, "seq_len": 512}, smollm2, "perplexity"),
+    "smollm2": Driver(
+        "smollm2-135m", WIKITEXT / "valid.txt", {"samples": 32, "seq_len": 512}, smollm2, "perplexity", MORE
+    ),
     "minilm-sst2": Driver(SST2_MODEL, SST2 / "train.tsv", {"samples": 128}, minilm_sst2, "logits_mse"),
     "minilm-stsb": Driver("minilm-l6", STSB / "sts-train.tsv", {"samples": 128}, minilm_stsb, "spearman"),
 }
@@ -158,7 +162,8 @@ DRIVERS = {
 
 def cell(driver: Driver, scheme: str, arm: Arm, seed: int) -> dict[str, Any]:
     """Quantize in memory, on the data of the seed, and judge on test."""
-    options = {**driver.settings, "seed": seed, "progress": False, **arm.options}
+    data = {**driver.settings, **(driver.auto if arm.method == "auto" else {})}
+    options = {**data, "seed": seed, "progress": False, **arm.options}
     formats = {**({"weight_bits": 3} if scheme == "w3a16" else {}), **options.pop("scheme_options", {})}
     start = time.process_time()
     preset = "w4a16" if scheme == "w3a16" else scheme  # an affine grid of 3 bits: what the rivals have
