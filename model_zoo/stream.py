@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calib.errors import ModelError
+from calib.threads import one_at_a_time
 from model_zoo.sources import ResolvedModel, Task, _auto_class, _check_folder, _one_line, _quiet, load_tokenizer
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
 
 
+@one_at_a_time
 def open_streamed(
     found: ResolvedModel, task: Task = "auto", dtype: torch.dtype = torch.float32, *, progress: bool = True
 ) -> tuple[PreTrainedModel, Streamed, PreTrainedTokenizerBase | None]:

@@ -297,6 +297,7 @@ def site_state(groups: int = 1) -> SiteState:
         moments=[Moments(5, gram=True) for _ in names],
         needs_moments=True,
         tokens=[0] * groups,
+        on_device=False,
         head=torch.empty(0, 5),
         detail={},
     )

@@ -14,6 +14,7 @@ from calib.errors import InputError, ModelError
 from calib.export import compressed_load, hf
 from calib.model.skeleton import known_config
 from calib.model.store import shards
+from calib.threads import one_at_a_time
 
 AGAIN = "export or copy the model again"
 
@@ -35,6 +36,7 @@ def load(
     return load_pair(path, mode, dtype, progress=progress)[0]
 
 
+@one_at_a_time
 def load_pair(
     path: str | Path,
     mode: Literal["packed", "fake"] = "packed",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import calib
 from tests.families import batches, build
@@ -51,8 +52,10 @@ def test_eight_threads_load_and_run_the_same(folder: Path) -> None:
         model = calib.load(folder)
         return all(same(answers(model), want) for _ in range(3))
 
+    patched = (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.normal_)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
+    assert patched == (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.normal_)
 
 
 def test_eight_threads_share_one_model(folder: Path) -> None:
