@@ -217,7 +217,7 @@ class _Consumer:
         self.linear, self.weights, self.buffers, self.rotate = linear, weights, buffers, rotate
         self.bias: Tensor | None = linear.bias
         if shift is not None:
-            added = linear.weight.float() @ shift
+            added = linear.weight @ shift
             self.bias = added if self.bias is None else self.bias + added
         self.integer = takes_integers(inputs, weights, linear.weight)
         self.ones = torch.ones(linear.in_features)
