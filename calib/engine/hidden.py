@@ -16,7 +16,7 @@ class HiddenStates:
 
     What does not fit lies in an unnamed temporary file in ``folder``, gone when the process ends, however it ends. It
     is read and written, not mapped: mapped pages would count as this process's memory. A replaced tensor has the
-    size of the one before.
+    size of the one before, and takes its place: states that moved with every block would leave holes all over the heap.
     """
 
     def __init__(self, budget: int | None = None, folder: Path | None = None) -> None:
@@ -33,7 +33,7 @@ class HiddenStates:
         size = _nbytes(tensor)
         if self.budget is None or self._used + size <= self.budget:
             self._used += size
-            self._kept.append(tensor)
+            self._kept.append(tensor.clone(memory_format=torch.contiguous_format))
             self._places.append(None)
             return
         self._kept.append(None)
@@ -42,6 +42,7 @@ class HiddenStates:
         self[len(self) - 1] = tensor
 
     def __getitem__(self, i: int) -> Tensor:
+        """Batch i's, until it is replaced."""
         kept, place = self._kept[i], self._places[i]
         if kept is not None:
             return kept
@@ -56,10 +57,11 @@ class HiddenStates:
         return tensor
 
     def __setitem__(self, i: int, tensor: Tensor) -> None:
-        place = self._places[i]
-        if place is None:
-            self._kept[i] = tensor
+        kept, place = self._kept[i], self._places[i]
+        if kept is not None:
+            kept.copy_(tensor)
             return
+        assert place is not None
         offset, shape, dtype = place
         assert tensor.shape == shape and tensor.dtype == dtype
         file = self._open()

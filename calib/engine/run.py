@@ -91,10 +91,10 @@ def share_of(batches: Sequence[Batch], rank: int, world: int) -> Share:
 
 
 def split_probes(batch: Batch) -> list[Batch]:
-    """The same rows, the first ones in three small batches: a search ranks on the first two and scores on all three."""
+    """The same rows, the first ones in four small batches: a search ranks on the first two and scores on all four."""
     size, length = next(iter(batch.values())).shape[:2]
     take = max(1, -(-PROBE_TOKENS // max(length, 1)))
-    cuts = [0, take, 2 * take, min(4 * take, size), size]
+    cuts = [0, take, 2 * take, 3 * take, min(4 * take, size), size]
     return [
         {key: value[start:end] for key, value in batch.items()}
         for start, end in itertools.pairwise(cuts)
@@ -161,11 +161,7 @@ class Engine:
         floats = (self.recipe.refine > 0 or paired) and ranks.rank() == 0
         if self.low_rank is not None and self.low_rank.method.truncates:
             self.low_rank = self._truncation(self.low_rank.method)
-        with (
-            reusing_pages(),
-            torch.no_grad(),
-            tqdm(total=len(self._blocks), unit="block", disable=not self.progress) as bar,
-        ):
+        with torch.no_grad(), tqdm(total=len(self._blocks), unit="block", disable=not self.progress) as bar:
             bar.set_description("calibrating")
             for stack in self.plan.stacks:
                 extra = {"past_key_values": self.prefix.cache} if self.prefix else None
@@ -173,17 +169,18 @@ class Engine:
                     inputs = capture(self.model, stack, self._share.batches, extra, self._hidden())
                     prefix = self._prefix_inputs(stack)
                     self._float = self._copied(inputs.hidden) if floats else None
-                for i, name in enumerate(stack.names):
-                    if self.journal is not None and name in self.journal.records:
-                        self._again(name, i, inputs, prefix, self.journal)
-                    else:
-                        with self.store.hold(name):
-                            float_outputs = self._block(name, i, inputs, prefix)
-                        if ranks.rank() > 0:
-                            self._from_rank_0(name, i, inputs, prefix, float_outputs)
-                    release_pages()
-                    bar.update()
-                    bar.set_postfix_str(self._worst())
+                with reusing_pages():  # not while embeddings are there: pages that they leave behind would stay
+                    for i, name in enumerate(stack.names):
+                        if self.journal is not None and name in self.journal.records:
+                            self._again(name, i, inputs, prefix, self.journal)
+                        else:
+                            with self.store.hold(name):
+                                float_outputs = self._block(name, i, inputs, prefix)
+                            if ranks.rank() > 0:
+                                self._from_rank_0(name, i, inputs, prefix, float_outputs)
+                        release_pages()
+                        bar.update()
+                        bar.set_postfix_str(self._worst())
         return self.outcome
 
     def _prime(self, i: int, block: nn.Module, prefix: BlockInputs | None) -> None:
