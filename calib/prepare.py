@@ -17,9 +17,9 @@ import torch.distributed as dist
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from calib.data import TokenData, calibration_data, generate_windows, sequence_limit
+from calib.data import TokenData, calibration_data, generate_windows, ids_of, sequence_limit
 from calib.data.read import is_path
-from calib.errors import InputError, ModelError, NumericsError, OutputError
+from calib.errors import DataError, InputError, ModelError, NumericsError, OutputError
 from calib.evaluate.held import Held, held_rows
 from calib.evaluate.result import vocabulary
 from calib.export import checkpoint
@@ -215,6 +215,11 @@ def model_tokens(
     """Data as the model reads it, in windows it takes after a prefix of so many tokens. asked: seq_len was, and a
     generative model that cannot take it is an error."""
     arguments = _data_arguments(model, tokenizer, drawn, asked=asked, prefix=prefix)
+    if getattr(model, "main_input_name", "") == "input_features" and (data is None or is_self(data)):
+        raise DataError(
+            f"{type(model).__name__} hears sound: no text calibrates it",
+            "give dicts of input_features and decoder_input_ids, or a .safetensors file of them, as data",
+        )
     if is_self(data):
         data = generate_windows(model, tokenizer, drawn.samples, arguments["seq_len"], drawn.seed, progress=progress)
     return calibration_data(data, tokenizer, **arguments)
@@ -283,7 +288,7 @@ def stored_bytes(model: nn.Module, plan: Plan) -> int:
 def check_prefix(model: nn.Module, prefix: Sequence[int], data: TokenData, limit: int | None) -> None:
     """The prefix is of the model's vocabulary and leaves room for the windows. Raises InputError."""
     size = vocabulary(model)
-    longest = max(batch["input_ids"].shape[1] for batch in data)
+    longest = max(ids_of(batch).shape[1] for batch in data)
     if prefix and limit is not None and longest + len(prefix) > limit:
         cause = f"windows of {longest} tokens after {len(prefix)} of a prefix are beyond the model's limit of {limit}"
         raise InputError(cause, f"use --seq-len {limit - len(prefix)}, or --prefix none")

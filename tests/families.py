@@ -56,11 +56,32 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 
+HEARS = t.WhisperConfig(
+    vocab_size=128,
+    d_model=64,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=128,
+    decoder_ffn_dim=128,
+    num_mel_bins=16,
+    max_source_positions=50,
+    max_target_positions=40,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=1,
+    suppress_tokens=None,
+    begin_suppress_tokens=None,
+)
+
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:
     """A model in eval mode whose norms have random gains and biases, and whose linears are of useful size."""
     torch.manual_seed(seed)
-    model = FAMILIES[name]().eval()
+    model = t.WhisperForConditionalGeneration(HEARS) if name == "whisper" else FAMILIES[name]()
+    model.eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -78,6 +99,10 @@ def batches(name: str, count: int = 2, rows: int = 4, length: int = 24, seed: in
     out = []
     for _ in range(count):
         ids = torch.randint(3, 128, (rows, length), generator=generator)
+        if name == "whisper":
+            features = torch.randn(rows, 16, 100, generator=generator)
+            out.append({"input_features": features, "decoder_input_ids": ids})
+            continue
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if name == "bart":
             batch["decoder_input_ids"] = ids.flip(1)

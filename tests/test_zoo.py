@@ -28,12 +28,12 @@ MISTRAL: Callable[[], PreTrainedModel] = lambda: t.MistralForCausalLM(  # noqa: 
     t.MistralConfig(**COMMON, **GROUPED, sliding_window=None)
 )
 HUB = [entry.name for entry in zoo.entries() if entry.source.hub is not None]
-WANTED = {"bert", "opt", "bloom", "llama", "qwen3", "gemma2", "mistral", "mixtral", "bart"}
+WANTED = {"bert", "opt", "bloom", "llama", "qwen3", "gemma2", "mistral", "mixtral", "bart", "whisper"}
 
 
 def test_every_entry_holds_together() -> None:
     found = zoo.entries()
-    assert len(found) >= 22 and {entry.architecture for entry in found} == WANTED
+    assert len(found) >= 23 and {entry.architecture for entry in found} == WANTED
     for scheme in ("w8a8-static", "w8a8", "w6a6", "w4a16", "w4a8", "w2-fdb", "low-rank-0.7-w8a8"):
         assert f"smollm2-135m-{scheme}" in zoo.names()
     for model in ("minilm-l6", "minilm-l6-sst2"):

@@ -7,7 +7,7 @@ from calib.data.generate import generate_windows
 from calib.data.read import read_documents, read_labelled, read_pairs, read_text
 from calib.data.report import coverage
 from calib.data.select import Like, Selection, like, select
-from calib.data.tokens import TokenData, batch_rows, calibration_data, encode_rows, sequence_limit
+from calib.data.tokens import TokenData, batch_rows, calibration_data, encode_rows, ids_of, sequence_limit
 
 __all__ = [
     "Like",
@@ -19,6 +19,7 @@ __all__ = [
     "coverage",
     "encode_rows",
     "generate_windows",
+    "ids_of",
     "like",
     "read_documents",
     "read_labelled",

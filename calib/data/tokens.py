@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union, overload
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from calib.data.builtin import builtin_documents
@@ -25,16 +26,17 @@ Batch = dict[str, Tensor]
 Data = Union[str, "os.PathLike[str]", Iterable[Any], Like, None]
 
 _CHARS_PER_TOKEN = 32  # of text to choose from, several times what a token of any tokenizer takes
+FEATURES = "input_features"  # what a speech model's processor makes of sound
 _NO_LIMIT = 1_000_000  # tokenizers without a limit say 1e30
 
 
 @dataclass(frozen=True)
 class TokenData(Sequence[Batch]):
     """A short sequence of batches: ``input_ids`` [B, T] int64, ``attention_mask`` [B, T] int64 (1 = a
-    real token).
+    real token). Of a speech model: ``input_features`` [B, mel, T] float and ``decoder_input_ids`` [B, L] int64.
 
-    `tokens` counts the real tokens of its `rows` rows. `fingerprint` is a sha256 over the real token ids
-    row by row, so that it does not depend on batch size or padding.
+    `tokens` counts the real tokens of its `rows` rows. `fingerprint` is a sha256 over the real token ids (and what
+    comes with them) row by row, so that it does not depend on batch size or padding.
     """
 
     batches: tuple[Batch, ...]
@@ -72,8 +74,9 @@ def calibration_data(
     `data` is None (the built-in text, no network), a file or folder (`read_documents`), a hub id
     (``"wikitext"``, ``"id:configuration"``), or an iterable of strings, of rows with a text column, or of
     token dicts (``input_ids`` [T] or [B, T] and, if they like, ``attention_mask`` and further tensors of
-    that shape), which are taken as they come; or `calib.data.like`, which chooses from a pool. Rows of messages
-    become text through the tokenizer's chat template.
+    that shape; of a speech model ``input_features`` and ``decoder_input_ids``), which are taken as they
+    come, as are the rows of a .safetensors file of such tensors; or `calib.data.like`, which chooses from
+    a pool. Rows of messages become text through the tokenizer's chat template.
 
     With `pack` (language models) the documents are joined by blank lines and tokenized without special
     tokens; windows of exactly `seq_len` are drawn evenly across the text, one from each stretch. Without
@@ -90,6 +93,8 @@ def calibration_data(
     _check_counts(samples, seq_len, batch_size, limit)
     if isinstance(data, Like):
         data = data.select(tokenizer, samples, seq_len, seed, pack=pack).texts
+    if isinstance(data, (str, os.PathLike)) and (file := os.fspath(data)).endswith(".safetensors"):
+        return _describe(file, _as_batches(_token_file(file, batch_size), samples, limit), vocabulary)
     source, documents = _load(data, pack, samples, seq_len, column, chat_of(tokenizer))
     if not isinstance(documents, list):
         return _describe(source, _as_batches(documents, samples, limit), vocabulary)
@@ -106,6 +111,11 @@ def calibration_data(
     if len(rows) < samples:
         warnings.warn(f"{source} gives {len(rows)} of {samples} rows of {seq_len} tokens", stacklevel=2)
     return _describe(source, batch_rows(rows, tokenizer, batch_size), vocabulary)
+
+
+def ids_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """The token ids [B, T] of a batch: those of a speech model are its decoder's."""
+    return batch["input_ids"] if "input_ids" in batch else batch["decoder_input_ids"]
 
 
 def sequence_limit(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
@@ -182,7 +192,7 @@ def _load_iterable(
     documents: list[str] = []
     held = 0
     for item in items:
-        if isinstance(item, Tensor) or (isinstance(item, Mapping) and "input_ids" in item):
+        if isinstance(item, Tensor) or (isinstance(item, Mapping) and not {"input_ids", FEATURES}.isdisjoint(item)):
             if documents:
                 raise DataError("the data mixes strings and token dicts", "give one kind")
             return source, _chain(item, items)
@@ -200,6 +210,20 @@ def _load_iterable(
     if not documents:
         raise DataError("the data holds no text", "give strings or token dicts")
     return source, documents
+
+
+def _token_file(file: str, batch_size: int) -> Iterator[Batch]:
+    """Token dicts of a .safetensors file, ``batch_size`` rows at a time."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            rows = {name: part.get_shape()[0] if part.get_shape() else 0 for name, part in parts.items()}
+            if len(set(rows.values())) != 1:
+                raise DataError(f"{file} has tensors of {rows} rows", "give as many rows of each")
+            for start in range(0, next(iter(rows.values())), batch_size):
+                yield {name: part[start : start + batch_size] for name, part in parts.items()}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"cannot read tokens from {file} ({error})", "check the path, or save it again") from error
 
 
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
@@ -249,30 +273,34 @@ def _as_batches(items: Iterable[Any], samples: int, limit: int | None) -> Iterat
     rows = 0
     for number, item in enumerate(items, start=1):
         batch = _as_batch({"input_ids": item} if isinstance(item, Tensor) else item, number)
-        length = batch["input_ids"].shape[1]
+        length = ids_of(batch).shape[1]
         if limit is not None and length > limit:
             cause = f"item {number} of the data has {length} tokens, beyond the model's limit of {limit}"
             raise DataError(cause, "cut it")
         batch = {key: value[: samples - rows] for key, value in batch.items()}
-        rows += batch["input_ids"].shape[0]
+        rows += len(ids_of(batch))
         yield batch
         if rows >= samples:
             return
 
 
 def _as_batch(item: Any, number: int) -> Batch:
-    if not isinstance(item, Mapping) or "input_ids" not in item:
-        raise DataError(f"item {number} of the data has no input_ids", "give one kind: all token dicts")
+    kind = "decoder_input_ids" if isinstance(item, Mapping) and FEATURES in item else "input_ids"
+    if not isinstance(item, Mapping) or kind not in item:
+        fix = "give one kind: all token dicts" if kind == "input_ids" else "add the transcript: the decoder reads it"
+        raise DataError(f"item {number} of the data has no {kind}", fix)
     try:
         tensors = {key: torch.as_tensor(value) for key, value in item.items() if key != "labels"}
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"item {number} of the data is no tensor: {error}", "give rows of equal length") from error
-    ids = tensors["input_ids"]
+    ids = tensors[kind]
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2) or ids.numel() == 0:
         shape = f"{ids.dtype} {list(ids.shape)}"
-        raise DataError(f"item {number} of the data: input_ids are {shape}", "give integers [T] or [B, T]")
+        raise DataError(f"item {number} of the data: {kind} are {shape}", "give integers [T] or [B, T]")
     if int(ids.min()) < 0:
         raise DataError(f"item {number} of the data has a negative token id", "mask padding, do not mark it")
+    if FEATURES in tensors:
+        return _speech(tensors, ids, number)
     tensors.setdefault("attention_mask", torch.ones_like(ids))
     for key, value in tensors.items():
         if value.shape != ids.shape:
@@ -287,6 +315,20 @@ def _as_batch(item: Any, number: int) -> Batch:
     return batch
 
 
+def _speech(tensors: Batch, ids: Tensor, number: int) -> Batch:
+    """input_features [B, mel, T] with decoder_input_ids [B, L]; other tensors are left out: features are not padded."""
+    features = tensors[FEATURES]
+    if features.dim() == 2:
+        features = features[None]
+    ids = ids.long().reshape(-1, ids.shape[-1])
+    if not features.is_floating_point() or features.dim() != 3 or len(features) != len(ids):
+        cause = f"{FEATURES} are {features.dtype} {list(features.shape)}, decoder_input_ids {list(ids.shape)}"
+        raise DataError(f"item {number} of the data: {cause}", "give floats [B, mel, T] and integers [B, L]")
+    if not bool(torch.isfinite(features).all()):
+        raise DataError(f"item {number} of the data: {FEATURES} hold NaN or inf", "drop it")
+    return {FEATURES: features, "decoder_input_ids": ids}
+
+
 def _describe(source: str, batches: Iterable[Batch], vocabulary: int | None) -> TokenData:
     held = tuple(batches)
     largest = max((int(batch[key].max()) for batch in held for key in batch if key.endswith("input_ids")), default=0)
@@ -296,12 +338,15 @@ def _describe(source: str, batches: Iterable[Batch], vocabulary: int | None) -> 
     digest = hashlib.sha256()
     rows = tokens = 0
     for batch in held:
-        extra = sorted(batch.keys() - {"input_ids", "attention_mask"})
-        for index, mask in enumerate(batch["attention_mask"].bool()):
-            real = batch["input_ids"][index][mask]
+        ids = ids_of(batch)
+        masks = batch.get("attention_mask", torch.ones_like(ids)).bool()
+        extra = sorted(key for key in batch.keys() - {"attention_mask"} if batch[key] is not ids)
+        for index, mask in enumerate(masks):
+            real = ids[index][mask]
             digest.update(f"{len(real)}:".encode() + real.cpu().numpy().astype("<i8").tobytes())
             for key in extra:
-                digest.update(key.encode() + batch[key][index][mask].cpu().numpy().tobytes())
+                more = batch[key][index] if key == FEATURES else batch[key][index][mask]
+                digest.update(key.encode() + more.cpu().numpy().tobytes())
             rows += 1
             tokens += len(real)
     if not rows:

@@ -36,6 +36,7 @@ from calib.model import (
     in_float32,
     is_finite,
     on_device,
+    positions,
 )
 from calib.observers import ranks
 from calib.recipe import Recipe
@@ -81,7 +82,7 @@ def share_of(batches: Sequence[Batch], rank: int, world: int) -> Share:
             if owner == rank:
                 share.batches.append(part)
                 share.first.append(start)
-            tokens = next(iter(part.values())).shape[:2].numel()
+            tokens = positions(part)
             start += tokens
             loads[owner] += tokens
     if not all(loads):
@@ -92,7 +93,8 @@ def share_of(batches: Sequence[Batch], rank: int, world: int) -> Share:
 
 def split_probes(batch: Batch) -> list[Batch]:
     """The same rows, the first ones in four small batches: a search ranks on the first two and scores on all four."""
-    size, length = next(iter(batch.values())).shape[:2]
+    size = len(next(iter(batch.values())))
+    length = positions(batch) // size
     take = max(1, -(-PROBE_TOKENS // max(length, 1)))
     cuts = [0, take, 2 * take, 3 * take, min(4 * take, size), size]
     return [

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.methods import LowRank
-from calib.model import Batch, BlockInputs, HiddenList, Plan, Resident, Stack, capture, observing, run_after
+from calib.model import Batch, BlockInputs, HiddenList, Plan, Resident, Stack, capture, observing, positions, run_after
 from calib.observers import Moments
 from calib.observers.base import check_finite, rows_of
 from calib.solvers import InputStatistics
@@ -87,7 +87,7 @@ def survey(
                 for i in reversed(range(len(stack.names))):
                     with store.hold(stack.names[i]):
                         gradient = _backward(model, stack.names[i], inputs, i, j, before[i][j], gradient, found, wanted)
-    tokens = sum(batch_tokens(batches[j]) for j in range(kept))
+    tokens = sum(positions(batches[j]) for j in range(kept))
     for path in found.worth:
         found.worth[path] /= tokens * plan.entries[path].shape[0]
     found.notes += _without_gradients(found)
@@ -100,15 +100,11 @@ def _without_gradients(found: Survey) -> list[str]:
     return ["no gradients reach an encoder through its decoder: ranks weigh each layer's error by its own output"]
 
 
-def batch_tokens(batch: Batch) -> int:
-    return next(iter(batch.values())).shape[:2].numel()
-
-
 def _few(batches: Sequence[Batch]) -> int:
     """How many batches gradients are taken on."""
     tokens = 0
     for count, batch in enumerate(batches, 1):
-        tokens += batch_tokens(batch)
+        tokens += positions(batch)
         if tokens >= BACKWARD_TOKENS:
             return count
     return len(batches)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
 
-from calib.data import TokenData, calibration_data
+from calib.data import TokenData, calibration_data, ids_of
 from calib.model import Batch, Resident, Stack, call_model, capture, run_after
 from calib.nn import Prefix
 
@@ -179,11 +179,11 @@ def _parts(row: Batch) -> list[Batch]:
 
 def _real(batch: Batch) -> Tensor:
     """Which tokens are no padding, bool [B, T]."""
-    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    return batch.get("attention_mask", torch.ones_like(ids_of(batch))).bool()
 
 
 def _ids(batch: Batch) -> list[np.ndarray]:
-    return [ids[keep].numpy() for ids, keep in zip(batch["input_ids"], _real(batch), strict=True)]
+    return [ids[keep].numpy() for ids, keep in zip(ids_of(batch), _real(batch), strict=True)]
 
 
 def _shingles(ids: np.ndarray) -> set[bytes]:

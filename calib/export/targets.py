@@ -158,8 +158,8 @@ def _stored_inputs(folder: Path) -> dict[str, torch.Tensor]:
         raise ModelError(
             f"{file} is missing or damaged", "quantize with --verify, or export with --no-verify"
         ) from error
-    if "input_ids" not in found:
-        raise ModelError(f"{file} holds no input_ids", "quantize again, or export with --no-verify")
+    if not found:
+        raise ModelError(f"{file} holds no inputs", "quantize again, or export with --no-verify")
     return found
 
 

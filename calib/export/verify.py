@@ -79,9 +79,13 @@ class VerifyReport:
 
 def reference_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The small batch that a checkpoint is verified on: the first 2 rows and 64 tokens of a calibration
-    batch.
+    batch; features [B, mel, T] whole, for models take them in one length.
     """
-    return {key: value[:ROWS, :TOKENS].contiguous() for key, value in batch.items() if value.dim() == 2}
+    return {
+        key: (value[:ROWS, :TOKENS] if value.dim() == 2 else value[:ROWS]).contiguous()
+        for key, value in batch.items()
+        if value.dim() == 2 or key == "input_features"
+    }
 
 
 def answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

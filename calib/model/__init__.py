@@ -13,6 +13,7 @@ from calib.model.blocks import (
     in_float32,
     observing,
     on_device,
+    positions,
     run_after,
     to_dtype,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "make_plan",
     "observing",
     "on_device",
+    "positions",
     "run_after",
     "small_batch",
     "takes_rotation",

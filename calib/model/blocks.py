@@ -27,6 +27,13 @@ class HiddenList(Protocol):
     def __setitem__(self, i: int, tensor: Tensor, /) -> None: ...
 
 
+def positions(batch: Batch) -> int:
+    """Rows times the longest sequence of a batch's tensors [B, T, ...] (of features [B, mel, T]): at least as many as
+    any stack of the model sees tokens."""
+    longest = max(t.shape[-1 if name == "input_features" else 1] for name, t in batch.items())
+    return len(next(iter(batch.values()))) * longest
+
+
 def call_model(model: nn.Module, batch: Batch, **extra: Any) -> Any:
     """One forward without a key-value cache of the model's own making."""
     if hasattr(getattr(model, "config", None), "use_cache") and "past_key_values" not in extra:

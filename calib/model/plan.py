@@ -268,7 +268,7 @@ def planned_fold(site: Site, recipe: Recipe) -> str:
     parts = []
     methods = [m.partition(":")[0] for m in recipe.methods]
     if takes_rotation(site, recipe):
-        parts.append("hadamard" + (" or:" if "os+" in methods else ""))
+        parts.append("hadamard" + (" if it pays" if "os+" in methods else ""))
     scales = not {"os+", "smoothquant", "awq"}.isdisjoint(methods)
     if scales and site.producer is not None and site.kind in recipe.sites:
         shift = recipe.shift and "os+" in methods and site.producer.shift
