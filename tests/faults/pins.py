@@ -87,16 +87,17 @@ def read_pins(file: Path) -> list[Pin]:
 
 def affected(version: Version, entry: dict[str, Any]) -> bool:
     """Whether an `affected` entry names a version: listed, or within an ECOSYSTEM range (OSV schema, evaluation)."""
-    if any(same(version, listed) for listed in entry.get("versions") or ()):
+    if any(str(version) == listed or version == version_of(listed) for listed in entry.get("versions") or ()):
         return True
     return any(within(version, span["events"]) for span in entry.get("ranges") or () if span.get("type") == "ECOSYSTEM")
 
 
-def same(version: Version, listed: str) -> bool:
+def version_of(text: str) -> Version | None:
+    """Releases older than today's rules bear names that are no version: None."""
     try:
-        return version == Version(listed)
+        return Version(text)
     except InvalidVersion:
-        return str(version) == listed
+        return None
 
 
 def within(version: Version, events: Iterable[dict[str, str]]) -> bool:
@@ -141,7 +142,7 @@ def read_advisories(place: Path) -> Advisories:
     for name, data in documents(place):
         try:
             advisory = json.loads(data) if name.endswith(".json") else yaml.safe_load(data)
-            entries = [e for e in advisory.get("affected") or () if e["package"]["ecosystem"] == "PyPI"]
+            entries = [e for e in advisory["affected"] if e["package"]["ecosystem"] == "PyPI"]
             for entry in entries:
                 affected(Version("0"), entry)  # every version in it can be compared
             dated = str(advisory.get("modified") or advisory.get("published") or "")[:10]
@@ -183,7 +184,8 @@ def offered(name: str, seconds: int = 20) -> list[Version]:
     if done.returncode or not listed:
         said = (done.stderr.strip() or f"pip ended with {done.returncode}").splitlines()[-1]
         raise LookupError(re.sub(r"\w+://\S+", "...", said))  # an index's address may hold a password
-    return [Version(text.strip()) for text in listed[1].split(",")]
+    found = [version_of(text.strip()) for text in listed[1].split(",")]
+    return [version for version in found if version is not None]
 
 
 def ask_index(pins: list[Pin], ask: Callable[[str], list[Version]] | None) -> tuple[int, int]:

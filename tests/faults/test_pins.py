@@ -102,19 +102,25 @@ def test_yaml_without_a_hit_and_files_that_are_no_advisory(place: Path, capsys: 
     (found / "b.yaml").write_text("!!python/object/apply:os.getcwd []")
     (found / "c.json").write_text("[1")
     (found / "d.json").write_text(json.dumps(advisory("X", entry({"introduced": "soon"}))))
+    (found / "e.json").write_text(json.dumps({"id": "OLD-1", "affects": {"ranges": []}}))  # before OSV's version 1
     assert run(place, "--offline", "--advisories", str(found)) == 2
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if line.startswith("not an advisory")] == [
         "not an advisory: b.yaml (ConstructorError)",
         "not an advisory: c.json (JSONDecodeError)",
         "not an advisory: d.json (InvalidVersion)",
+        "not an advisory: e.json (KeyError)",
     ]
 
 
 def test_the_index_as_pip_sees_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pip itself reads a folder as an index; a yanked release is not offered, an unknown package has no answer."""
     (place / "index" / "demo-pkg").mkdir(parents=True)
-    links = ('demo_pkg-1.2-py3-none-any.whl"', 'demo_pkg-1.3-py3-none-any.whl" data-yanked="bad"')
+    links = (
+        'demo_pkg-1.2-py3-none-any.whl"',
+        'demo_pkg-0.8-final0.tar.gz"',
+        'demo_pkg-1.3-py3-none-any.whl" data-yanked="bad"',
+    )
     page = "".join(f'<a href="{link}>file</a>' for link in (*links, 'demo_pkg-1.4-py3-none-any.whl"'))
     (place / "index" / "demo-pkg" / "index.html").write_text(f"<!DOCTYPE html><html><body>{page}</body></html>")
     for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX"):
