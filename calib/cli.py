@@ -57,7 +57,7 @@ Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Windows run at once. Default: 8, or what auto's recipe says.")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads. Default: all cores.")]
 Dtype = Annotated[str, typer.Option(help=f"Floats to load in: {', '.join(DTYPES)}.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Memory a process may take, like 20GiB.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]

@@ -1,10 +1,12 @@
-"""What every room that writes files needs of the file system."""
+"""What every room that reads or writes files needs of the file system."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from pathlib import Path
+
+from calib.errors import ModelError
 
 
 def sync(path: Path) -> None:
@@ -16,6 +18,21 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_special(path: Path) -> bool:
+    """True of a pipe, a device or a socket: reading one may never end, and writing must not put a file in its place."""
+    try:
+        return path.exists() and not path.is_file() and not path.is_dir()
+    except OSError:  # out of reach; whoever opens it says why
+        return False
+
+
+def check_files(folder: Path) -> None:
+    """Refuse, before anything in it is opened, a model folder with a pipe or a device in it. Raises ModelError."""
+    for path in (*folder.glob("*"), *folder.glob("verify/*")):
+        if is_special(path):
+            raise ModelError(f"{path} is a pipe or a device, not a file", "download or export the model again")
 
 
 def is_file_name(name: object) -> bool:
