@@ -17,7 +17,7 @@ import torch
 import typer
 
 import calib
-from calib import cli_data, cli_eval, cli_guard, cli_info, cli_inspect, cli_tune, cli_zoo
+from calib import cli_data, cli_eval, cli_guard, cli_info, cli_inspect, cli_tune, cli_zoo, prepare
 from calib.errors import CalibError, Interrupted, ModelError
 from calib.export.targets import WRITERS
 from calib.options import RecipeOptions, one_of, set_up, with_recipe_options
@@ -275,6 +275,7 @@ def evaluate(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that calib quantize wrote.")],
     tolerance: Annotated[float | None, typer.Option(help="Largest difference allowed, of the logit range.")] = None,
+    model: Annotated[str | None, typer.Option(help="The float model: was the checkpoint made from its files?")] = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -286,6 +287,8 @@ def verify(
     set_up(threads, quiet)
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}", "name a folder that calib quantize wrote")
+    if model is not None:
+        prepare.check_source(folder, model)
     report = calib.verify(folder, tolerance=tolerance)
     if not quiet:
         print(report)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from calib.errors import ModelError
 
@@ -47,3 +50,15 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@functools.lru_cache
+def code_sha256() -> str:
+    """Of the package's own source files: a checkout has one version number for many states."""
+    root = Path(__file__).parent
+    return digest({file.relative_to(root).as_posix(): sha256(file) for file in sorted(root.rglob("*.py"))})

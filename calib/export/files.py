@@ -21,9 +21,10 @@ from torch import Tensor
 
 from calib.engine import Journal
 from calib.errors import CalibError, ModelError, OutputError
-from calib.files import check_files, is_special, sha256, sync
+from calib.files import check_files, digest, is_special, sha256, sync
 
 MANIFEST = "calib.json"  # in every export, whatever its format: what makes a folder ours to replace
+HISTORY = ("model", "data", "recipe", "plan", "tuning", "tuning_data")  # of a manifest: how it was made
 MAX_SHARD = "5GB"
 SLACK_BYTES = 32 * 2**20  # tokenizer, config, manifest, verification batch
 Finish = Callable[[Path], Mapping[str, Any]]
@@ -233,6 +234,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{file} is damaged", "export the model again")
     return found
+
+
+def made_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 of each part of what a manifest says a checkpoint was made of."""
+    return {key: digest(manifest[key]) for key in HISTORY if key in manifest}
 
 
 def nbytes(tensors: Mapping[str, Tensor]) -> int:
