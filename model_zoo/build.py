@@ -170,7 +170,7 @@ def figures_of(folder: Path, entry: Entry) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         name, recipe = found["name"], found["recipe"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is damaged", f"build it again: calib zoo build {entry.name} --out DIR") from error
     if name != entry.name:
         raise InputError(f"{folder} holds a build of {name}, not of {entry.name}", "name its own entry")

@@ -41,7 +41,7 @@ def _whole(built: Path | None) -> Iterator[None]:
     """What a folder's figures lack is the folder's fault; where they are the committed card's, it is ours."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration, RecursionError) as error:
         if built is None:
             raise
         raise InputError(f"what {built} says of its build is damaged", "build it again") from error

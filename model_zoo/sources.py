@@ -201,7 +201,7 @@ def _check_folder(found: ResolvedModel) -> None:
     for index in folder.glob("*.safetensors.index.json"):
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ModelError(f"{index} is damaged", _SAVE_AGAIN) from error
         if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):
             raise ModelError(f"{found.name} lacks {absent[0]}", _SAVE_AGAIN)

@@ -95,7 +95,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{file} cannot be read ({error.strerror})", "name a folder that holds a saved model"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not JSON ({error})", AGAIN) from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} is not a model's config", AGAIN)

@@ -43,6 +43,7 @@ def entry(dtype: str = "F32", shape: list[Any] | None = None, offsets: list[Any]
 
 
 HUGE = 10 * 2**40  # bytes that a header claims
+DEEP = '{"a":' * 100_000  # JSON that no parser follows
 
 
 def in_json(file: str, **values: Any) -> Change:
@@ -137,6 +138,10 @@ MODELS: dict[str, Change] = {  # each a copy of the folder llama, changed
     "index-of-pickle": lambda f: (sharded("part.bin")(f), (f / "part.safetensors").rename(f / "part.bin")),
     "no-tokenizer": lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
     "tokenizer-cut": lambda f: content("tokenizer.json", (f / "tokenizer.json").read_bytes()[:100])(f),
+    "config-deep": content("config.json", DEEP),
+    "index-deep": lambda f: (sharded("part.safetensors")(f), content(INDEX, DEEP)(f)),
+    "tokenizer-deep": content("tokenizer.json", DEEP),
+    "generation-deep": content("generation_config.json", DEEP),
     "config-a-pipe": piped("config.json"),
     "weights-a-pipe": piped(WEIGHTS),
     "tokenizer-a-pipe": piped("tokenizer.json"),
@@ -174,6 +179,8 @@ CHECKPOINTS: dict[str, Change] = {  # each a copy of the folder small, which cal
     "never-verified": lambda f: shutil.rmtree(f / "verify"),
     "reference-cut": content("verify/reference.safetensors", b"12345678"),
     "reference-of-nothing": lambda f: save_file({"x": torch.zeros(1)}, f / "verify" / "reference.safetensors"),
+    "checkpoint-config-deep": content("config.json", DEEP),
+    "manifest-deep": content("calib.json", DEEP),
     "manifest-a-pipe": piped("calib.json"),
     "mended-by-hand": lambda f: (f / "config.json").unlink(),
 }
@@ -198,6 +205,8 @@ FILES: dict[str, str | bytes] = {
     "pairs.tsv": "a\tb\n",
     "scheme-nope.json": "{nope",
     "scheme-list.json": "[]",
+    "scheme-deep.json": DEEP,
+    "config-deep.json": DEEP,
     "scheme-99.json": '{"name": "x", "weights": {"bits": 99}}',
     "scheme-grid.json": '{"name": "x", "weights": {"kind": "fractal"}}',
     "scheme-key.json": '{"name": "x", "weights": {"bits": 8}, "colour": 1}',
@@ -212,6 +221,7 @@ FILES: dict[str, str | bytes] = {
 ZOO = "minilm-l6-w8a8-static"
 BUILDS: dict[str, dict[str, Any]] = {  # folders of these files, as calib zoo build writes them
     "build-not-json": {"zoo.json": "{nope"},
+    "build-deep": {"zoo.json": DEEP},
     "build-a-list": {"zoo.json": []},
     "build-of-nothing": {"zoo.json": {}},
     "build-of-another": {"zoo.json": {"name": "another", "recipe": "0"}},
@@ -219,6 +229,7 @@ BUILDS: dict[str, dict[str, Any]] = {  # folders of these files, as calib zoo bu
     "build-unmeasured": {"zoo.json": {"name": ZOO, "recipe": load(ZOO).fingerprint()}},
     "build-hollow": {"zoo.json": {"name": ZOO, "recipe": load(ZOO).fingerprint(), "built": {}}},
 }
+BUILDS["build-report-deep"] = {**BUILDS["build-hollow"], "report.json": DEEP}
 BUILDS["build-report-a-list"] = {**BUILDS["build-hollow"], "report.json": []}
 RUN = ["quantize", "llama", "--quiet", "--method", "rtn", "--prefix", "none", "--no-verify", "--no-report"]
 DRAW = ["--data", "text.txt", "--samples", "4", "--seq-len", "32", "--batch-size", "2", "--auto-seconds", "0"]
