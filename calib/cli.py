@@ -17,7 +17,7 @@ import torch
 import typer
 
 import calib
-from calib import cli_data, cli_eval, cli_guard, cli_info, cli_inspect, cli_tune, cli_zoo
+from calib import cli_data, cli_eval, cli_guard, cli_info, cli_inspect, cli_tune, cli_zoo, prepare
 from calib.errors import CalibError, Interrupted, ModelError
 from calib.export.targets import WRITERS
 from calib.options import RecipeOptions, one_of, set_up, with_recipe_options
@@ -57,7 +57,7 @@ Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Windows run at once. Default: 8, or what auto's recipe says.")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads. Default: all cores.")]
 Dtype = Annotated[str, typer.Option(help=f"Floats to load in: {', '.join(DTYPES)}.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Memory a process may take, like 20GiB.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -275,6 +275,7 @@ def evaluate(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that calib quantize wrote.")],
     tolerance: Annotated[float | None, typer.Option(help="Largest difference allowed, of the logit range.")] = None,
+    model: Annotated[str | None, typer.Option(help="The float model: was the checkpoint made from its files?")] = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -286,6 +287,8 @@ def verify(
     set_up(threads, quiet)
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}", "name a folder that calib quantize wrote")
+    if model is not None:
+        prepare.check_source(folder, model)
     report = calib.verify(folder, tolerance=tolerance)
     if not quiet:
         print(report)

@@ -12,7 +12,7 @@ import typer
 
 from calib.data import Selection
 from calib.errors import InputError, ModelError, OutputError
-from calib.export.files import placed
+from calib.export.files import check_place, placed
 from calib.options import one_of
 
 REPORTS = (".json", ".png", ".svg", ".pdf")
@@ -45,7 +45,7 @@ def select(
         False
     ),
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
-    processes: Annotated[int, typer.Option(min=1, help="That share the pool.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=256, help="That share the pool.")] = 1,
     report: Annotated[list[Path] | None, typer.Option(help="A .json or a figure (.png) to write; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as the last line of stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no report.")] = False,
@@ -69,6 +69,8 @@ def select(
         one_of("report", path.suffix, REPORTS)
     if any(Path(name).resolve() == out.resolve() for name in (*pool, *target)):
         raise OutputError(f"{out} is what is chosen from", "choose another --out")
+    for path, option in ((out, "--out"), *((path, "--report") for path in report or ())):
+        check_place(path, option)
     start = time.perf_counter()
     words = None if tokenizer is None else load_tokenizer(tokenizer)
     if tokenizer is not None and words is None:  # words would be counted, which nobody asked for

@@ -8,7 +8,7 @@ from typing import Any
 
 import calib
 from calib.errors import InputError
-from calib.export.files import placed, writing
+from calib.export.files import check_place, placed, writing
 from calib.model.cost import parse_size
 from calib.report import page
 from calib.report.svg import number
@@ -33,6 +33,7 @@ def inspect(
         raise InputError("formats are proposed by their effect on the loss", "add --sensitivity")
     for file, option in ((html, "--html"), (scheme_out, "--scheme-out")):  # before minutes are spent
         if file is not None:
+            check_place(file, option)
             with writing(file, option):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 absent = not file.exists()

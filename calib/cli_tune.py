@@ -47,7 +47,7 @@ def tune(
     seed: Annotated[int | None, Option(help="Of everything drawn at random; 0.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what the output folder holds.")] = False,
     verify: Annotated[bool, Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
-    threads: Annotated[int | None, Option(min=1, help="CPU threads. Default: all cores.")] = None,
+    threads: Annotated[int | None, Option(min=1, max=1024, help="CPU threads. Default: all cores.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object as the last line of stdout.")] = False,
     quiet: Annotated[bool, Option("--quiet", "-q", help="No progress, no tables.")] = False,
 ) -> None:

@@ -26,7 +26,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="An entry that calib z
 Model = Annotated[str | None, typer.Option(help="The float model's folder. Default: the entry's source.")]
 Data = Annotated[str | None, typer.Option(help="Calibration data. Default: the entry's.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads. Default: all cores.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
 
@@ -151,7 +151,7 @@ def card(
     figures = entry.figures if built is None else figures_of(built, entry)
     files = [] if built is None or out is None else cards.write(entry, built, out)
     if not quiet:
-        print("\n".join(f"written: {file}" for file in files) if files else cards.markdown(entry, figures))
+        print("\n".join(f"written: {file}" for file in files) if files else cards.markdown(entry, figures, built))
     if as_json:
         answer = {"name": name, "status": entry.status if built is None else "measured", "figures": figures}
         _print_json({**answer, "written": [str(file) for file in files]})
@@ -187,13 +187,15 @@ def export(
     check_out(out, overwrite=overwrite)
     if built is not None:
         builder.figures_of(built, entry)
-    folder = built or out.with_name(f"{out.name}-build")
-    with cli_guard.interruptible():
+    folder = built or out.with_name(f".{out.name}.build")  # ours: what a killed export left there is built over
+    try:
+        with cli_guard.interruptible():
+            if built is None:
+                builder.build(entry, folder, model=model, data=data, measure=False, overwrite=True, progress=not quiet)
+            report = calib.convert(folder, format, out, weights_only=weights_only, overwrite=overwrite)
+    finally:
         if built is None:
-            builder.build(entry, folder, model=model, data=data, measure=False, progress=not quiet)
-        report = calib.convert(folder, format, out, weights_only=weights_only, overwrite=overwrite)
-    if built is None:
-        shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     if not quiet:
         print(f"written to {out}, format {format}" + ("" if report is None else f"\n{report}"))
     if as_json:

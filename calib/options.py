@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from calib.errors import InputError
 from calib.export.load import load_tokenizer
 from calib.export.targets import Format
+from calib.files import is_special
 from calib.model.cost import parse_size
 from calib.recipe import FOLDS, METHODS, SCHEMES, Scheme
 
@@ -214,6 +215,8 @@ def _scheme(text: str) -> str | Scheme:
     """A preset's name as it is; a .json file as the Scheme that it holds."""
     if not text.endswith(".json"):
         return text
+    if is_special(Path(text).expanduser()):
+        raise InputError(f"scheme file {text} is a pipe or a device, not a file", "check --scheme")
     try:
         return Scheme.model_validate_json(Path(text).expanduser().read_text(encoding="utf-8"))
     except OSError as error:

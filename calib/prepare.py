@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from calib.data import TokenData, calibration_data, generate_windows, ids_of, sequence_limit
 from calib.data.read import is_path
-from calib.errors import DataError, InputError, ModelError, NumericsError, OutputError
+from calib.errors import DataError, InputError, ModelError, NumericsError, OutputError, VerifyError
 from calib.evaluate.held import Held, held_rows
 from calib.evaluate.result import vocabulary
 from calib.export import checkpoint
+from calib.export.files import read_manifest
 from calib.export.load import read_config
 from calib.files import sha256
 from calib.model import Plan, Resident, is_finite, to_dtype
@@ -166,6 +167,22 @@ def model_hashes(model: str | os.PathLike[str]) -> dict[str, str] | str:
     folder = Path(sources.resolve(model, progress=False).path)
     files = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".gguf") or p.name == "config.json")
     return {file.name: sha256(file) for file in files} or str(model)
+
+
+def source_of(model: Model) -> dict[str, str] | str:
+    """``model_hashes`` of a model that has files."""
+    return "given in memory" if isinstance(model, nn.Module) else model_hashes(model)
+
+
+def check_source(folder: Path, model: str | os.PathLike[str]) -> None:
+    """Hold what a checkpoint says it was made from against a float model's files. Raises VerifyError."""
+    said, found = read_manifest(folder).get("model"), model_hashes(model)
+    if not isinstance(said, dict) or not isinstance(found, dict):
+        whose = model if isinstance(said, dict) else folder
+        raise ModelError(f"{whose} does not name the files of a float model", "verify without --model")
+    if changed := sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name)):
+        cause = f"{folder} was not made from {model}: {changed[0]} differs"
+        raise VerifyError(cause, "name the model that it was made from")
 
 
 def training_folder(out: str | os.PathLike[str], about: dict[str, Any]) -> Path:

@@ -119,6 +119,7 @@ def quantize(
     if training is not None:
         found = _trained(training, network, plan, model, tokens, dtype, out, seconds, progress)
         result = Result(network, tokenizer, found, seconds, tokens, recipe=recipe, plan=plan, about=about)
+        result.source = prepare.source_of(model)
         seconds["total"] = time.perf_counter() - started
         if out is not None:
             result.save(out, format, overwrite=overwrite, verified=verified)
@@ -171,6 +172,7 @@ def quantize(
         seconds |= outcome.seconds | {"total": time.perf_counter() - started}
         result = Result(network, tokenizer, found, seconds, tokens, recipe=recipe, plan=plan, about=about)
         result.pictures, result.peak_rss_mib = outcome.pictures, peak_rss_mib()
+        result.source = prepare.source_of(model) if journal is None else journal.fingerprint["model"]
         if journal is not None and shards is not None and out is not None:
             if ranks.rank() == 0:
                 result.publish(journal, shards, store, Path(out), format, overwrite, verified)

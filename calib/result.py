@@ -120,6 +120,7 @@ class Result(Outcome):
     recipe: Recipe
     plan: Plan
     about: dict[str, Any] = field(default_factory=dict)  # the float model; empty: no report was asked for
+    source: dict[str, str] | str = "given in memory"  # of the float model: sha256 by file, or the hub's name
     pictures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -185,7 +186,8 @@ class Result(Outcome):
         shutil.rmtree(own)
 
     def _manifest(self) -> dict[str, Any]:
-        return {"recipe": self.recipe.model_dump(mode="json"), "plan": self.plan.summary(), "data": self._drawn()}
+        made = {"recipe": self.recipe.model_dump(mode="json"), "plan": self.plan.summary(), "data": self._drawn()}
+        return {"model": self.source, **made}
 
     def _write_report(self, stage: Path) -> None:
         if self.about:

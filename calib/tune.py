@@ -18,7 +18,7 @@ from calib.data import Like, TokenData, batch_rows, encode_rows, read_labelled, 
 from calib.errors import DataError, InputError, ModelError
 from calib.evaluate import peak_rss_mib
 from calib.evaluate.result import vocabulary
-from calib.export.files import check_out, read_manifest
+from calib.export.files import HISTORY, check_out, read_manifest
 from calib.export.load import load_pair
 from calib.export.targets import Format
 from calib.model import Batch
@@ -171,8 +171,7 @@ def _student(model: str | os.PathLike[str] | Result, dtype: torch.dtype, progres
     if not changed_linears(network):
         raise InputError(f"{folder} holds no quantized model", "run calib quantize first; it may be the --teacher")
     manifest = read_manifest(folder)
-    made = ("recipe", "plan", "data", "tuning", "tuning_data")
-    return network, tokenizer, {key: manifest[key] for key in made if key in manifest}
+    return network, tokenizer, {key: manifest[key] for key in HISTORY if key in manifest}
 
 
 def _tokens(

@@ -46,8 +46,10 @@ def build(
     """
     import calib
     from calib.export.checkpoint import versions
+    from calib.export.files import check_out, placed
     from calib.files import sha256
 
+    check_out(out, overwrite=overwrite)  # before the float model is measured
     source, text = entry.resolve_model(model, progress=progress), entry.resolve_data(data)
     judge = Judge(entry, entry.resolve_test(test), source, progress) if measure else None
     common: dict[str, Any] = {"progress": progress, "scheme_options": dict(entry.scheme_options)}
@@ -92,7 +94,8 @@ def build(
             "built": {"seeds": list(range(entry.seed, entry.seed + seeds)), "values": values},
         }
         figures["reproduced"] = None if figures["changed"] else reproduced(entry, figures)
-    (out / FIGURES).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    with placed(out / FIGURES) as file:
+        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return figures
 
 
@@ -164,10 +167,14 @@ def figures_of(folder: Path, entry: Entry) -> dict[str, Any]:
     file = folder / FIGURES
     if not file.is_file():
         raise InputError(f"{folder} was not written by calib zoo build", f"calib zoo build {entry.name} --out DIR")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if found["name"] != entry.name:
-        raise InputError(f"{folder} holds a build of {found['name']}, not of {entry.name}", "name its own entry")
-    if found["recipe"] != entry.fingerprint():
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        name, recipe = found["name"], found["recipe"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file} is damaged", f"build it again: calib zoo build {entry.name} --out DIR") from error
+    if name != entry.name:
+        raise InputError(f"{folder} holds a build of {name}, not of {entry.name}", "name its own entry")
+    if recipe != entry.fingerprint():
         raise InputError(f"{folder} was built by another recipe of {entry.name}", "build it again")
     return found
 

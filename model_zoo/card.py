@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,35 @@ NAMES = {"logits_mse": "squared error of the logits", "cosine_mse": "squared err
 
 def write(entry: Entry, built: Path, folder: Path) -> list[Path]:
     """The card of a build: NAME.md, NAME.json and its pictures in ``folder``."""
-    from calib.export.files import writing
+    from calib.export.files import placed
 
-    figures, drawn = figures_of(built, entry), pictures(built)
+    figures = figures_of(built, entry)
     if "built" not in figures:
         raise InputError(f"{built} was built without measuring", f"calib zoo build {entry.name} --out DIR")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        files = {f"{entry.name}-{kind}.svg": svg for kind, (svg, _) in drawn.items()}
-        shown = {f"{entry.name}-{kind}.svg": text for kind, (_, text) in drawn.items()}
-        figures["pictures"] = shown
-        files[f"{entry.name}.json"] = json.dumps(figures, indent=1) + "\n"
-        files[f"{entry.name}.md"] = markdown(entry, figures)
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+    with _whole(built):
+        drawn = pictures(built)
+    files = {f"{entry.name}-{kind}.svg": svg for kind, (svg, _) in drawn.items()}
+    figures["pictures"] = {f"{entry.name}-{kind}.svg": text for kind, (_, text) in drawn.items()}
+    files[f"{entry.name}.json"] = json.dumps(figures, indent=1) + "\n"
+    files[f"{entry.name}.md"] = markdown(entry, figures, built)
+    for name, text in files.items():
+        with placed(folder / name) as file:
+            file.write_text(text, encoding="utf-8")
     return [folder / name for name in files]
 
 
-def markdown(entry: Entry, figures: Mapping[str, Any] | None) -> str:
+@contextlib.contextmanager
+def _whole(built: Path | None) -> Iterator[None]:
+    """What a folder's figures lack is the folder's fault; where they are the committed card's, it is ours."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration, RecursionError) as error:
+        if built is None:
+            raise
+        raise InputError(f"what {built} says of its build is damaged", "build it again") from error
+
+
+def markdown(entry: Entry, figures: Mapping[str, Any] | None, built: Path | None = None) -> str:
     """The card; without figures, what there is to say before anything was measured."""
     method = ", ".join(f"`{part}`" for part in entry.method.split(","))
     head = [
@@ -46,7 +58,8 @@ def markdown(entry: Entry, figures: Mapping[str, Any] | None) -> str:
     head += [entry.note] if entry.note else []
     if figures is None:
         return "\n\n".join([*head, f"**{UNMEASURED}**", _how(entry, None)]) + "\n"
-    return "\n\n".join([*head, *_measured(figures), _how(entry, figures), _provenance(figures)]) + "\n"
+    with _whole(built):
+        return "\n\n".join([*head, *_measured(figures), _how(entry, figures), _provenance(figures)]) + "\n"
 
 
 def _measured(figures: Mapping[str, Any]) -> list[str]:

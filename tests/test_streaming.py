@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -273,6 +274,29 @@ def test_hidden_states_spill_and_come_back(dtype: torch.dtype, tmp_path: Path) -
     states[2], states[0] = given[2] + 1, given[0] - 1
     assert torch.equal(states[2], given[2] + 1) and torch.equal(states[3], given[3])
     assert torch.equal(states[0], given[0] - 1)
+
+
+def test_hidden_states_are_whole_where_the_system_moves_a_part_at_a_time(tmp_path: Path) -> None:
+    """As it does past 2 GiB, and as a disk about to be full does."""
+
+    class Slow(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:7])
+
+        def readinto(self, buffer: Any) -> int:
+            return super().readinto(buffer[:5])
+
+    states = HiddenStates(0, tmp_path)
+    states._file = Slow(tmp_path / "spilled", "w+")  # type: ignore[assignment]
+    given = [torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    for tensor in given:
+        states.append(tensor)
+    states[1] = given[1] = -given[1]
+    assert all(torch.equal(a, b) for a, b in zip(states, given, strict=True))
+    with (tmp_path / "spilled").open("r+b") as file:
+        file.truncate(4 * 60 * 3 + 11)
+    with pytest.raises(OSError, match="lacks 229 of 240 bytes"):
+        states[3]
 
 
 def test_a_budget_changes_no_bit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -177,9 +178,40 @@ def test_an_export_builds_what_it_needs(mine: zoo.Entry, tmp_path: Path, capsys:
         cli.run(["zoo", "export", mine.name, "--format", "float", "--weights-only", "--out", str(tmp_path / "f"), "-q"])
         == 0
     )
-    assert (tmp_path / "f").is_dir() and not (tmp_path / "f-build").exists()
+    assert (tmp_path / "f").is_dir() and not (tmp_path / ".f.build").exists()
     assert cli.run(["zoo", "pull", mine.name, "--json"]) == 0
     assert Path(answer(capsys)["path"]).is_dir()
+
+
+def test_a_stopped_export_is_built_over_and_a_failed_one_leaves_nothing(mine: zoo.Entry, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    (place / ".f.build").mkdir(parents=True)
+    (place / ".f.build" / "half").write_text("written")
+    export = ["zoo", "export", mine.name, "--out", str(place / "f"), "-q"]
+    assert cli.run([*export, "--format", "gptq"]) == 6  # a format without grids for the inputs
+    assert not list(place.iterdir())
+    (place / ".f.build").mkdir()
+    (place / ".f.build" / "half").write_text("written")
+    assert cli.run([*export, "--format", "float", "--weights-only"]) == 0
+    assert [p.name for p in place.iterdir()] == ["f"]
+
+
+def test_cards_and_figures_are_written_whole(mine: zoo.Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that fails half-way leaves the earlier file, and no part of the new one."""
+    out, folder = tmp_path / "out", tmp_path / "cards"
+    assert cli.run(["zoo", "build", "mine", "--out", str(out), "-q"]) == 0
+    card = ["zoo", "card", "mine", "--from", str(out), "--out", str(folder), "-q"]
+    assert cli.run(card) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    write = Path.write_text
+
+    def full(self: Path, text: str, *args: Any, **kwargs: Any) -> int:
+        write(self, text[: len(text) // 2], *args, **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert cli.run(card) == 6
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_other_data_and_other_models(mine: zoo.Entry, small: dict[str, str], tmp_path: Path) -> None:

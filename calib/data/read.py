@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.errors import DataError
+from calib.files import is_special
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".tsv", ".csv", ".parquet")
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "question", "prompt")
@@ -35,6 +36,7 @@ def read_text(path: PathLike) -> str:
         raise DataError(f"there is no file {file}", "check the path")
     if file.is_dir():
         raise DataError(f"{file} is a folder", "name a file in it")
+    check_kind(file)
     try:
         raw = file.read_bytes()
     except OSError as error:
@@ -48,6 +50,12 @@ def read_text(path: PathLike) -> str:
     if not text.strip():
         raise DataError(f"{file} is empty", "give a file with text")
     return text
+
+
+def check_kind(file: Path) -> None:
+    """Refuse what may never end; data are read more than once, too. Raises DataError."""
+    if is_special(file):
+        raise DataError(f"{file} is a pipe or a device, not a file", "write its text to a file")
 
 
 def read_documents(
@@ -211,6 +219,7 @@ def text_lines(file: Path, skipped: Skipped | None, part: int = LONGEST_LINE, *,
     A line of more than `part` bytes is bad if `whole`, else it comes in parts. Binary and wrongly encoded lines are
     bad too.
     """
+    check_kind(file)
     try:
         with file.open("rb") as stream:
             held, number = b"", 1
@@ -290,6 +299,7 @@ def _parquet_rows(file: Path, column: str | None) -> Iterator[dict[str, object]]
 
     if not file.exists():
         raise DataError(f"there is no file {file}", "check the path")
+    check_kind(file)
     try:
         with parquet.ParquetFile(file) as table:
             names = [column, "label"] if column else [*CHAT_COLUMNS, *TEXT_COLUMNS, "label"]

@@ -49,11 +49,12 @@ class HiddenStates:
         assert place is not None
         offset, shape, dtype = place
         tensor = torch.empty(shape, dtype=dtype)
-        file = self._open()
+        file, view = self._open(), _view(tensor)
         file.seek(offset)
-        got = file.readinto(_view(tensor))  # type: ignore[attr-defined]
-        if got != _nbytes(tensor):
-            raise OSError(f"the file of hidden states ended after {got} of {_nbytes(tensor)} bytes")
+        while len(view):  # one call moves 2 GiB at most, and on a full disk less
+            if not (got := file.readinto(view)):  # type: ignore[attr-defined]
+                raise OSError(f"the file of hidden states lacks {len(view)} of {_nbytes(tensor)} bytes")
+            view = view[got:]
         return tensor
 
     def __setitem__(self, i: int, tensor: Tensor) -> None:
@@ -64,9 +65,10 @@ class HiddenStates:
         assert place is not None
         offset, shape, dtype = place
         assert tensor.shape == shape and tensor.dtype == dtype
-        file = self._open()
+        file, view = self._open(), _view(tensor.contiguous())
         file.seek(offset)
-        file.write(_view(tensor.contiguous()))
+        while len(view):  # what a short write left out would be read back as zeros
+            view = view[file.write(view) :]
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from calib.errors import OutputError
 from calib.export import hf
-from calib.export.files import MANIFEST, Finish, finished, nbytes, staged, write_json, write_tensors
+from calib.export.files import MANIFEST, Finish, finished, made_of, nbytes, staged, write_json, write_tensors
+from calib.files import code_sha256
 
 FORMAT = "calib"
 
@@ -152,7 +153,8 @@ def write_rest(
         model.generation_config.save_pretrained(stage)
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
-    write_json(stage / MANIFEST, {**manifest, "versions": versions(), "sha256": hashes})
+    made = made_of(manifest) | {"code": code_sha256()}
+    write_json(stage / MANIFEST, {**manifest, "versions": versions(), "made_of": made, "sha256": hashes})
 
 
 def versions() -> dict[str, str]:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from calib.engine import Journal
 from calib.errors import CalibError, ModelError, OutputError
-from calib.files import sha256, sync
+from calib.files import check_files, digest, is_special, sha256, sync
 
 MANIFEST = "calib.json"  # in every export, whatever its format: what makes a folder ours to replace
+HISTORY = ("model", "data", "recipe", "plan", "tuning", "tuning_data")  # of a manifest: how it was made
 MAX_SHARD = "5GB"
 SLACK_BYTES = 32 * 2**20  # tokenizer, config, manifest, verification batch
 Finish = Callable[[Path], Mapping[str, Any]]
@@ -38,6 +39,7 @@ def check_out(out: str | os.PathLike[str], *, overwrite: bool = False, needed_by
     path = Path(out).expanduser().absolute()
     with writing(path):
         _sweep(path)
+        check_place(path)
         if path.exists() and not path.is_dir():
             if not overwrite:
                 raise OutputError(f"{path} is a file, not a folder", "choose another --out, or pass --overwrite")
@@ -174,12 +176,19 @@ def _move(stage: Path, path: Path) -> None:
         shutil.rmtree(old.parent, ignore_errors=True)  # not where it was stopped: _sweep puts it back
 
 
+def check_place(path: Path, option: str = "--out") -> None:
+    """Refuse to put anything in the place of a pipe or a device (/dev/null, for root). Raises OutputError."""
+    if is_special(path):
+        raise OutputError(f"{path} is a pipe or a device, not a file", f"choose another {option}")
+
+
 @contextlib.contextmanager
 def placed(path: Path, option: str = "--out") -> Iterator[Path]:
     """A file beside ``path`` that takes its place when it is finished, and is gone where it is not.
 
     A killed run leaves it; the next one that writes ``path`` begins it anew.
     """
+    check_place(path, option)
     with writing(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
@@ -217,6 +226,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What an export says of itself; empty where it says nothing. Raises ModelError."""
     file = folder / MANIFEST
+    check_files(folder)
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
@@ -224,6 +234,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{file} is damaged", "export the model again")
     return found
+
+
+def made_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 of each part of what a manifest says a checkpoint was made of."""
+    return {key: digest(manifest[key]) for key in HISTORY if key in manifest}
 
 
 def nbytes(tensors: Mapping[str, Tensor]) -> int:

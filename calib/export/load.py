@@ -12,6 +12,7 @@ from torch import nn
 
 from calib.errors import InputError, ModelError
 from calib.export import compressed_load, hf
+from calib.files import check_files
 from calib.model.skeleton import known_config
 from calib.model.store import shards
 from calib.threads import one_at_a_time
@@ -73,6 +74,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def check_folder(path: Path) -> dict[str, Any]:
     """The folder's config.json; every safetensors header is read and held against its file's size."""
+    check_files(path)
     config = read_config(path)
     shards(path)
     for file in sorted(path.glob("*.safetensors")):
@@ -93,7 +95,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{file} cannot be read ({error.strerror})", "name a folder that holds a saved model"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not JSON ({error})", AGAIN) from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} is not a model's config", AGAIN)

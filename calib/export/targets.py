@@ -15,7 +15,7 @@ from torch import nn
 
 from calib.errors import InputError, ModelError, OutputError
 from calib.export import awq, checkpoint, compressed, gguf, gptq, onnx, plain
-from calib.export.files import Finish, check_out, read_manifest
+from calib.export.files import HISTORY, Finish, check_out, read_manifest
 from calib.export.load import load_pair
 from calib.export.verify import REFERENCE, VerifyReport, reference_of, verify
 from calib.export.weight_only import ACTIVATIONS, drop_inputs
@@ -166,5 +166,5 @@ def _stored_inputs(folder: Path) -> dict[str, torch.Tensor]:
 def _history(folder: Path, weights_only: bool) -> dict[str, Any]:
     """What the source's manifest says of its making, and from which files it was converted."""
     before = read_manifest(folder)
-    kept: dict[str, Any] = {key: before[key] for key in ("recipe", "plan", "data") if key in before}
+    kept: dict[str, Any] = {key: before[key] for key in HISTORY if key in before}
     return {**kept, "converted_from": before.get("sha256"), "weights_only": weights_only}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calib.errors import CalibError, InputError, ModelError, VerifyError
-from calib.export.files import MANIFEST, read_manifest, writing
+from calib.export.files import MANIFEST, made_of, read_manifest, writing
 from calib.export.hf import set_mode
 from calib.export.load import check_folder
 from calib.files import is_file_name, sha256
@@ -117,7 +117,8 @@ def verify(
 
     With reference and inputs they are stored in the folder first, so that a later call needs neither. Raises
     VerifyError where the largest difference exceeds ``tolerance`` (default by dtype: 1e-3 of the logit range
-    in fp32), or where a weight file is not the one that was written; ModelError where the folder cannot be
+    in fp32), or where a weight file, or what the manifest says of model, data and recipe, is not what was written;
+    ModelError where the folder cannot be
     read.
     """
     if tolerance is not None and not tolerance >= 0:
@@ -256,9 +257,13 @@ def _check_hashes(folder: Path) -> None:
     file = folder / MANIFEST
     if not file.is_file():
         return
-    hashes = read_manifest(folder).get("sha256")
-    if not isinstance(hashes, dict) or not all(map(is_file_name, hashes)):
+    manifest = read_manifest(folder)
+    hashes, made = manifest.get("sha256"), manifest.get("made_of", {})
+    if not isinstance(made, dict) or not isinstance(hashes, dict) or not all(map(is_file_name, hashes)):
         raise ModelError(f"{file} names no files of its folder with their sha256", "export the model again")
+    for key, found in made_of(manifest).items():
+        if made.get(key, found) != found:
+            raise VerifyError(f"what {file} says of the {key} is not what was written", "export the model again")
     for name, expected in hashes.items():
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name} is missing", "export or copy the model again")

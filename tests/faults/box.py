@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import calib
 from calib.export.verify import answer, store_reference
+from model_zoo.entry import load
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests for a while. "
 SIZES: dict[str, Any] = {
@@ -41,6 +43,7 @@ def entry(dtype: str = "F32", shape: list[Any] | None = None, offsets: list[Any]
 
 
 HUGE = 10 * 2**40  # bytes that a header claims
+DEEP = '{"a":' * 100_000  # JSON that no parser follows
 
 
 def in_json(file: str, **values: Any) -> Change:
@@ -74,6 +77,11 @@ def in_quantization(change: Callable[[dict[str, Any]], object]) -> Change:
 
 def content(file: str, value: str | bytes) -> Change:
     return lambda folder: (folder / file).write_bytes(value.encode() if isinstance(value, str) else value)
+
+
+def piped(file: str) -> Change:
+    """A named pipe that nobody writes to, in the place of a file: opening it waits for ever."""
+    return lambda folder: ((folder / file).unlink(), os.mkfifo(folder / file))
 
 
 def sharded(*names: Any) -> Change:
@@ -130,6 +138,13 @@ MODELS: dict[str, Change] = {  # each a copy of the folder llama, changed
     "index-of-pickle": lambda f: (sharded("part.bin")(f), (f / "part.safetensors").rename(f / "part.bin")),
     "no-tokenizer": lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
     "tokenizer-cut": lambda f: content("tokenizer.json", (f / "tokenizer.json").read_bytes()[:100])(f),
+    "config-deep": content("config.json", DEEP),
+    "index-deep": lambda f: (sharded("part.safetensors")(f), content(INDEX, DEEP)(f)),
+    "tokenizer-deep": content("tokenizer.json", DEEP),
+    "generation-deep": content("generation_config.json", DEEP),
+    "config-a-pipe": piped("config.json"),
+    "weights-a-pipe": piped(WEIGHTS),
+    "tokenizer-a-pipe": piped("tokenizer.json"),
     "overflow": in_weights(lambda d: [d[f"model.layers.1.mlp.{p}_proj.weight"].fill_(1e25) for p in ("up", "gate")]),
 }
 
@@ -164,6 +179,9 @@ CHECKPOINTS: dict[str, Change] = {  # each a copy of the folder small, which cal
     "never-verified": lambda f: shutil.rmtree(f / "verify"),
     "reference-cut": content("verify/reference.safetensors", b"12345678"),
     "reference-of-nothing": lambda f: save_file({"x": torch.zeros(1)}, f / "verify" / "reference.safetensors"),
+    "checkpoint-config-deep": content("config.json", DEEP),
+    "manifest-deep": content("calib.json", DEEP),
+    "manifest-a-pipe": piped("calib.json"),
     "mended-by-hand": lambda f: (f / "config.json").unlink(),
 }
 FILES: dict[str, str | bytes] = {
@@ -187,6 +205,8 @@ FILES: dict[str, str | bytes] = {
     "pairs.tsv": "a\tb\n",
     "scheme-nope.json": "{nope",
     "scheme-list.json": "[]",
+    "scheme-deep.json": DEEP,
+    "config-deep.json": DEEP,
     "scheme-99.json": '{"name": "x", "weights": {"bits": 99}}',
     "scheme-grid.json": '{"name": "x", "weights": {"kind": "fractal"}}',
     "scheme-key.json": '{"name": "x", "weights": {"bits": 8}, "colour": 1}',
@@ -198,6 +218,19 @@ FILES: dict[str, str | bytes] = {
     "config-heads.json": '{"model_type": "llama", "hidden_size": 32, "num_attention_heads": 0}',
     "broken.gguf": b"GGUF" + b"\xff" * 64,
 }
+ZOO = "minilm-l6-w8a8-static"
+BUILDS: dict[str, dict[str, Any]] = {  # folders of these files, as calib zoo build writes them
+    "build-not-json": {"zoo.json": "{nope"},
+    "build-deep": {"zoo.json": DEEP},
+    "build-a-list": {"zoo.json": []},
+    "build-of-nothing": {"zoo.json": {}},
+    "build-of-another": {"zoo.json": {"name": "another", "recipe": "0"}},
+    "build-of-old": {"zoo.json": {"name": ZOO, "recipe": "0"}},
+    "build-unmeasured": {"zoo.json": {"name": ZOO, "recipe": load(ZOO).fingerprint()}},
+    "build-hollow": {"zoo.json": {"name": ZOO, "recipe": load(ZOO).fingerprint(), "built": {}}},
+}
+BUILDS["build-report-deep"] = {**BUILDS["build-hollow"], "report.json": DEEP}
+BUILDS["build-report-a-list"] = {**BUILDS["build-hollow"], "report.json": []}
 RUN = ["quantize", "llama", "--quiet", "--method", "rtn", "--prefix", "none", "--no-verify", "--no-report"]
 DRAW = ["--data", "text.txt", "--samples", "4", "--seq-len", "32", "--batch-size", "2", "--auto-seconds", "0"]
 
@@ -264,6 +297,12 @@ def fill(box: Path, tokenizer: Any, *, broken: bool = True) -> None:
             change(box / name)
     for name, text in FILES.items():
         content(name, text)(box)
+    for name, files in BUILDS.items():
+        (box / name).mkdir()
+        for file, value in files.items():
+            content(file, value if isinstance(value, str) else json.dumps(value))(box / name)
+    for name in ("pipe", "pipe.txt", "pipe.json", "pipe.gguf"):
+        os.mkfifo(box / name)
     (box / "thesis").mkdir()
     content("thesis/chapter.md", "mine")(box)
     (box / "no-text").mkdir()

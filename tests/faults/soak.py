@@ -102,7 +102,8 @@ def soak(job: Callable[[int], tuple[int, bytes]], cycles: int | None, seconds: f
             first = handles()
     half = memory[i // 2 : i]
     line = stats.linregress(range(len(half)), half)
-    interval = float(stats.t.ppf(0.975, len(half) - 2)) * line.stderr
+    error = line.stderr if len(set(half)) > 1 else 0.0  # scipy's is nan where nothing changed
+    interval = float(stats.t.ppf(0.975, len(half) - 2)) * error
     last = handles()
     return "\n".join(
         [

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import calib
+from calib import cli, prepare
+from calib.errors import VerifyError
+from calib.files import sha256
 from tests.families import batches, build
 
 
@@ -70,3 +76,36 @@ def test_the_number_of_threads_moves_nothing_beyond_rounding() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
         else:
             assert (a.int() - b.int()).abs().max() <= 1 and (a != b).float().mean() < 1e-3, name
+
+
+def test_a_manifest_says_what_it_was_made_of_and_verify_recomputes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a checkpoint, of one tuned from it and of one converted from it."""
+    for name in ("float", "other"):
+        build("llama").save_pretrained(tmp_path / name)
+    sharpened = load_file(tmp_path / "other" / "model.safetensors")
+    sharpened["model.norm.weight"] *= 2
+    save_file(sharpened, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    out = {name: tmp_path / name for name in ("made", "tuned", "stock")}
+    common: dict[str, Any] = {"progress": False, "report": False}
+    calib.quantize(str(tmp_path / "float"), "w8a8", "rtn", batches("llama"), out["made"], **common)
+    calib.tune(
+        out["made"], str(tmp_path / "float"), batches("llama"), out["tuned"], steps=1, progress=False, verified=False
+    )
+    calib.convert(out["made"], "compressed-tensors", out["stock"], verified=False)
+    said = {name: json.loads((folder / "calib.json").read_text()) for name, folder in out.items()}
+    for name, manifest in said.items():
+        assert {"model", "data", "recipe", "code"} <= set(manifest["made_of"]), name
+        assert manifest["model"]["model.safetensors"] == sha256(tmp_path / "float" / "model.safetensors")
+        prepare.check_source(out[name], tmp_path / "float")
+        assert cli.run(["verify", str(out[name]), "--model", str(tmp_path / "other"), "-q"]) == 7
+        assert "model.safetensors differs" in capsys.readouterr().err
+    assert cli.run(["verify", str(out["made"]), "--model", str(tmp_path / "float"), "-q"]) == 0
+    assert said["made"]["made_of"]["data"] == said["stock"]["made_of"]["data"]
+    assert {"tuning", "tuning_data"} <= set(said["tuned"]["made_of"])
+    for key, change in (("recipe", {"seed": 5}), ("data", {"tokens": 1}), ("model", {"config.json": "0"})):
+        wrong = {**said["made"], key: {**said["made"][key], **change}}
+        (out["made"] / "calib.json").write_text(json.dumps(wrong))
+        with pytest.raises(VerifyError, match=f"says of the {key} is not what was written"):
+            calib.verify(out["made"])
