@@ -37,7 +37,10 @@ QUALITY_ROWS = 2048  # rows that the report's quality is measured on, before and
 VERIFY_ROWS = 128  # rows of the answer that is compared
 OBSERVE_PASSES = 3  # times an observed tensor is read
 INPUT_PASSES = 3  # times a Linear's input is passed over when it is quantized
-OUTPUT_PASSES = 8  # times what a site's Linears give is passed over on the way to what a context's loss compares
+# Times what a site's Linears give is passed over on the way to what a context's loss compares: sums, floats, offset,
+# scale and bias are nine, activation, product and squared difference, of half as many, the rest.
+OUTPUT_PASSES = 14
+LOGIT_PASSES = 8  # times a logit is passed over for its loss
 MSE_PASSES, MINMAX_PASSES = 36 * 5, 6  # passes over a weight that find its ranges and round it
 OVERHEAD = 32 << 20  # allocator's reserve
 VERIFY_START = 6.5  # seconds until the fresh process of --verify has its libraries
@@ -300,7 +303,7 @@ def time_terms(
         seconds["plan"] += few / tokens * float_batch
     logits = 4 * judged * _classes(bones)
     width = getattr(bones.config.get_text_config(), "hidden_size", 0)
-    seconds["quality"] += logits * (width / m.gemm + 2 * OUTPUT_PASSES / m.pointwise) / GIGA
+    seconds["quality"] += logits * (width / m.gemm + 2 * LOGIT_PASSES / m.pointwise) / GIGA
     # the weights come from disk for the plan and for the run, and once to be hashed
     seconds["read"] = 2 * source / (m.read * GIGA)
     seconds["fingerprint"] = source * (1 / m.read + 1 / m.sha) / GIGA
