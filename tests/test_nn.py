@@ -398,9 +398,9 @@ def test_layers_of_one_input_share_its_codes(spec: AffineSpec, rows: int, monkey
     first, second, x = linear(16, 32, AffineSpec(8), spec), linear(24, 32, AffineSpec(8), spec), torch.randn(rows, 32)
     second.input = copy.deepcopy(first.input)
     wanted = [module.set_mode("packed")(x.clone()) for module in (first, second)]
-    made: list[Tensor] = []
-    real = shared_codes.quantized
-    monkeypatch.setattr(shared_codes, "quantized", lambda q, t: made.append(t) or real(q, t))  # type: ignore[func-returns-value]
+    made: list[shared_codes.Codes] = []
+    real = shared_codes.Codes
+    monkeypatch.setattr(shared_codes, "Codes", lambda *given: made.append(real(*given)) or made[-1])  # type: ignore[func-returns-value]
     with torch.no_grad():
         for order in ((first, second), (second, first)):
             x = x.clone()

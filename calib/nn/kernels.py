@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from calib.nn.codes import Codes, codes_of, fingerprint
+from calib.nn.codes import Codes, codes_of, fingerprint, quantize_for
 from calib.quantizers import AffineSpec, LevelSpec
 from calib.quantizers.product import LONGEST, PROBES, inexact, int_mm, int_mm_refusal
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from calib.nn.linear import QuantLinear
 
 Operator = Literal["qlinear", "int_mm", "int4"]
-# codes [M, in], x_scale, zero_point, bias -> fp32 [M, out], see above
-Product = Callable[[Codes, float, int, "Tensor | None"], Tensor]
+# codes [M, in], bias -> fp32 [M, out], see above
+Product = Callable[[Codes, "Tensor | None"], Tensor]
 
 TILE = 1 << 20  # weights decoded to float at a time: the tile stays in cache
 INT4_GROUPS = (32, 64, 128, 256)  # what torch's int4 kernel takes, with outputs in multiples of 16
@@ -112,46 +112,50 @@ def _integer(module: QuantLinear, exact: bool, reason: str) -> Kernel:
     step, zero = _scalars(quantizer.scale, quantizer.zero_point)
     sums = None if static or spec.symmetric else _integers(module).sum(dim=1, dtype=torch.int32) * scale
     float_rows = _tiled(module) if quantizer.watches_rows else None
-    product, name = (_exact(module, scale), "exact") if exact else _operator(module, scale)
-    key = fingerprint(quantizer)
+    product, name = (_exact(module, scale, step, zero), "exact") if exact else _operator(module, scale, step, zero)
+    key, quantize, out = fingerprint(quantizer), quantize_for(quantizer), module.out_features
 
-    @torch.no_grad()
     def run(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # entered by hand: the decorator costs a tenth of a small layer
+            with torch.no_grad():
+                return run(x)
         if x.numel() == 0:
-            return x.new_zeros(*x.shape[:-1], len(scale))
-        codes = codes_of(quantizer, key, x)
+            return x.new_zeros(*x.shape[:-1], out)
+        codes = codes_of(quantize, key, x)
         if static:
-            y = product(codes, step, zero, bias)
+            y = product(codes, bias)
         else:
-            y = product(codes, 1.0, 0, None)
+            y = product(codes, None)
             if sums is not None:
                 y.addr_(codes.zero_point.float().reshape(-1).expand(len(y)), sums, alpha=-1)
             x_scale = codes.scale
             y = y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale.expand(len(y), 1), out=y)
-        y = y.to(x.dtype)
+        if x.dtype != torch.float32:
+            y = y.to(x.dtype)
         if float_rows is not None and codes.outside is not None:
             y[codes.outside] = float_rows(quantizer.transform(x.reshape(-1, columns)[codes.outside]))
-        return y.view(*x.shape[:-1], len(scale))
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
 
     return _named(run, name, reason)
 
 
-def _operator(module: QuantLinear, scale: Tensor) -> tuple[Product, str]:
+def _operator(module: QuantLinear, scale: Tensor, x_scale: float, zero_point: int) -> tuple[Product, str]:
     """torch's int8 operators: int_mm on CUDA and for single rows, else oneDNN's qlinear, and their name."""
     weight = _integers(module).contiguous()
     cpu = weight.device.type == "cpu"
     # A single row is memory-bound and wants plain codes: at 8 bits the checkpoint has them for nothing.
     single = module.weight is weight and module.in_features > 1 and not _refused("int_mm", 127)
     plain = weight if single or not cpu else None
-    sums = None if plain is None else plain.sum(dim=1, dtype=torch.int32)
+    moved = None if plain is None or not zero_point else plain.sum(dim=1, dtype=torch.int32) * zero_point
+    step = torch.full((1,), x_scale, device=weight.device)  # a number would be wrapped anew for every call
     no_zero = torch.zeros_like(scale, dtype=torch.int32)
     packed = torch.ops.onednn.qlinear_prepack(weight, None) if plain is None else None
 
-    def product(codes: Codes, x_scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
+    def product(codes: Codes, bias: Tensor | None) -> Tensor:
         nonlocal packed
-        if plain is not None and sums is not None and (not cpu or codes.rows == 1):
+        if plain is not None and (not cpu or codes.rows == 1):
             total = int_mm(codes.signed, plain)
-            y = (total - zero_point * sums if zero_point else total).float().mul_(x_scale).mul_(scale)
+            y = torch.mul(total if moved is None else total.sub_(moved), step).mul_(scale)
             return y if bias is None else y.add_(bias)
         if packed is None:
             packed = torch.ops.onednn.qlinear_prepack(plain, None)
@@ -160,16 +164,16 @@ def _operator(module: QuantLinear, scale: Tensor) -> tuple[Product, str]:
     return product, "int8 qlinear" if cpu else "int8 int_mm"
 
 
-def _exact(module: QuantLinear, scale: Tensor) -> Product:
+def _exact(module: QuantLinear, scale: Tensor, x_scale: float, zero_point: int) -> Product:
     """The same integers in float GEMMs wide enough for every partial sum; the module must outlive it."""
     owner, spec = weakref.ref(module), module.input.spec
     assert spec is not None
     largest = int(_integers(module).abs().sum(dim=1, dtype=torch.int64).amax())  # of |sum| a unit of activation
+    reach = max(spec.qmax - zero_point, zero_point - spec.qmin)
 
-    def product(given: Codes, x_scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
+    def product(given: Codes, bias: Tensor | None) -> Tensor:
         module, codes = owner(), given.signed
         assert module is not None
-        reach = max(spec.qmax - zero_point, zero_point - spec.qmin)
         dtype = torch.float32 if largest * reach < 1 << 24 else torch.float64
         x = codes.to(dtype).sub_(zero_point)
         y = torch.empty(len(codes), len(scale), device=codes.device)
@@ -283,7 +287,7 @@ def _qlinear(
     """(codes - zero_point) x_scale times the prepacked weight, + bias, in fp32; octets: uint8, code + 128, for oneDNN
     is fast on unsigned activations only.
     """
-    return torch.ops.onednn.qlinear_pointwise(
+    return torch.ops.onednn.qlinear_pointwise.default(
         octets,
         x_scale,
         zero_point + 128,
