@@ -1,12 +1,9 @@
-"""Codes of a layer's input, made once for all layers that take the same input on the same grid: q, k, v; gate, up."""
+"""Codes of a layer's input."""
 
 from __future__ import annotations
 
 import hashlib
-import threading
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,42 +55,6 @@ def fingerprint(quantizer: ActivationQuantizer) -> bytes:
         buffer = getattr(quantizer, name)
         found.update(b"-" if buffer is None else buffer.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.digest()
-
-
-@dataclass
-class _Kept:
-    """The last codes a thread made. The input is not kept alive by them, nor they beyond it."""
-
-    of: weakref.ref[Tensor]
-    version: int
-    key: bytes
-    codes: Codes
-
-
-_last = threading.local()
-
-
-def codes_of(quantize: Quantize, key: bytes, x: Tensor) -> Codes:
-    """Codes of x [..., in], as rows. quantize: ``quantize_for`` a quantizer, key: its fingerprint.
-
-    Taken from the call before where it had this very tensor, unchanged, and an equal quantizer. Tensors made in
-    inference mode do not tell whether they changed: theirs are always made anew.
-    """
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if x.is_inference():
-        return quantize(rows)
-    kept: _Kept | None = getattr(_last, "kept", None)
-    if kept is not None and kept.of() is x and kept.version == x._version and kept.key == key:
-        return kept.codes
-    codes = quantize(rows)
-    _last.kept = _Kept(weakref.ref(x, _forget), x._version, key, codes)
-    return codes
-
-
-def _forget(of: weakref.ref[Tensor]) -> None:
-    kept: _Kept | None = getattr(_last, "kept", None)
-    if kept is not None and kept.of is of:
-        _last.kept = None
 
 
 def quantize_for(quantizer: ActivationQuantizer) -> Quantize:
