@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from calib.nn.codes import Codes, fingerprint, quantize_for
-from calib.nn.together import Finish, Product, Reader, read
+from calib.nn.together import FEW, Finish, Product, Reader, read
 from calib.quantizers import AffineSpec, LevelSpec
 from calib.quantizers.product import LONGEST, PROBES, inexact, int_mm, int_mm_refusal
 
@@ -59,6 +59,7 @@ def describe() -> dict[str, str]:
     many = {bits: _refused("qlinear", limit) for bits, limit in ((8, 127), (7, 63))}
     one = _refused("int_mm", 127)
     single = "" if one else "; single rows: torch._int_mm"
+    joint = "" if many[8] else f"; layers of one input run as one: single rows, and up to {FEW} of small layers"
     fallback = "dequantize: float weight by tiles, then float GEMM"
 
     def integer(bits: int, note: str) -> str:
@@ -67,8 +68,8 @@ def describe() -> dict[str, str]:
     four = _refused("int4", 7)
     int4 = fallback if four else f"bf16, up to {INT4_ROWS} rows: int4pack of ATen; otherwise {fallback}"
     return {
-        "w8a8-static": integer(8, f"u8 activations, scales and bias fused{single}"),
-        "w8a8": integer(8, f"u8 activations, scale per row afterwards{single}"),
+        "w8a8-static": integer(8, f"u8 activations, scales and bias fused{single}{joint}"),
+        "w8a8": integer(8, f"u8 activations, scale per row afterwards{single}{joint}"),
         "w1..w7, integer activations": integer(7, "weights held as int8 (scales per channel or tensor)"),
         "weights asymmetric, in groups or of two planes": f"{fallback} (the scale changes inside a sum)",
         "w1..w4 with float activations in groups of one scale, bf16 model": int4 + (f" ({four})" if four else ""),
