@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calib.errors import InputError
-from calib.nn import ActivationQuantizer, QuantLinear, best_block, block_hadamard, hadamard_matrix, kernels
+from calib.nn import ActivationQuantizer, QuantLinear, best_block, block_hadamard, hadamard_matrix, kernels, together
 from calib.nn import codes as shared_codes
 from calib.quantizers import AffineSpec, fake_quantize, qparams, weight_range
 
@@ -398,9 +398,9 @@ def test_layers_of_one_input_share_its_codes(spec: AffineSpec, rows: int, monkey
     first, second, x = linear(16, 32, AffineSpec(8), spec), linear(24, 32, AffineSpec(8), spec), torch.randn(rows, 32)
     second.input = copy.deepcopy(first.input)
     wanted = [module.set_mode("packed")(x.clone()) for module in (first, second)]
-    made: list[Tensor] = []
-    real = shared_codes.quantized
-    monkeypatch.setattr(shared_codes, "quantized", lambda q, t: made.append(t) or real(q, t))  # type: ignore[func-returns-value]
+    made: list[shared_codes.Codes] = []
+    real = shared_codes.Codes
+    monkeypatch.setattr(shared_codes, "Codes", lambda *given: made.append(real(*given)) or made[-1])  # type: ignore[func-returns-value]
     with torch.no_grad():
         for order in ((first, second), (second, first)):
             x = x.clone()
@@ -431,9 +431,107 @@ def test_shared_codes_do_not_outlive_their_input() -> None:
     module, x = linear(16, 32, AffineSpec(8), TOKEN).set_mode("packed"), torch.randn(4, 32)
     with torch.no_grad():
         module(x)
-    assert shared_codes._last.kept is not None
+    assert together._last.kept is not None
     del x
-    assert shared_codes._last.kept is None
+    assert together._last.kept is None
+
+
+MODES = [torch.no_grad, torch.inference_mode]
+
+
+def of_one_input(spec: AffineSpec, weights: str = "8-channel", **options: object) -> list[QuantLinear]:
+    """Three packed layers on one grid, the last without the others' bits."""
+    layers = [linear(out, 32, WEIGHTS[weights], spec, **options) for out in (16, 8, 24)]
+    for other in layers[1:]:
+        other.input = copy.deepcopy(layers[0].input)
+    return [layer.set_mode("packed") for layer in layers]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("weights", ["8-channel", "4-channel"])
+@pytest.mark.parametrize("spec", [TOKEN, STATIC], ids=["dynamic", "static"])
+def test_layers_of_one_input_become_one_product(
+    spec: AffineSpec, weights: str, mode: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = of_one_input(spec, weights, float_rows=True)
+    products: list[int] = []
+    real = kernels._Operator.__call__
+    monkeypatch.setattr(kernels._Operator, "__call__", lambda *given: products.append(1) or real(*given))  # type: ignore[func-returns-value]
+    for rows in (1, 5, 1, together.FEW + 1, 5):
+        x = torch.randn(rows, 32)
+        x[0, 3] = 100.0
+        wanted = [copy.deepcopy(layer).set_mode("fake")(x) for layer in layers]
+        counts = []
+        for _ in range(3):
+            with mode():
+                y = x.clone()
+                products.clear()
+                got = [layer(y) for layer in layers]
+            assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(got, wanted, strict=True))
+            counts.append(len(products))
+        integer = not kernels._refused("qlinear", 127)
+        assert counts[-1] == integer * (1 if rows <= together.FEW else 3)
+    copies = copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))
+    for layer, *twins in zip(layers, *copies, strict=True):
+        assert all(torch.equal(twin.codes(), layer.codes()) and torch.equal(twin(x), layer(x)) for twin in twins)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_joined_layers_see_changes(mode: type) -> None:
+    """Of the input between two layers, and of a layer's own weights."""
+    layers = of_one_input(STATIC)
+    for turn in range(3):
+        with mode():
+            x = torch.randn(4, 32)
+            layers[0](x)
+            x.mul_(0.5)
+            assert torch.equal(layers[1](x), copy.deepcopy(layers[1])(x.clone()))
+            y = torch.randn(4, 32)
+            wanted = [copy.deepcopy(layer)(y.clone()) for layer in layers]
+            assert all(torch.equal(layer(y), want) for layer, want in zip(layers, wanted, strict=True))
+        if turn == 1:
+            other = linear(8, 32, WEIGHTS["8-channel"], STATIC)
+            other.input = copy.deepcopy(layers[0].input)
+            layers[1].load_state_dict(other.state_dict())
+    assert torch.equal(layers[1].codes(), other.codes())
+
+
+def test_layers_that_go_different_ways_are_parted() -> None:
+    layers = of_one_input(STATIC)
+    if kernels._refused("qlinear", 127):
+        pytest.skip(kernels._refused("qlinear", 127))
+    x = torch.randn(4, 32)
+    products: list[int] = []
+    with torch.no_grad():
+        for layer in layers:
+            layer(x)
+        for _ in range(20):
+            layers[0](x.clone())
+        real = kernels._Operator.__call__
+        kernels._Operator.__call__ = lambda self, *given: products.append(len(self.scale)) or real(self, *given)  # type: ignore
+        try:
+            layers[0](x.clone())
+        finally:
+            kernels._Operator.__call__ = real  # type: ignore[method-assign]
+    assert products == [16]
+
+
+def test_joined_layers_are_freed_at_once() -> None:
+    layers = of_one_input(STATIC)
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(1, 32)
+            for layer in layers:
+                layer(x)
+    del x
+    gc.disable()
+    try:
+        alive = [weakref.ref(layer) for layer in layers]
+        del layer
+        layers.clear()
+        assert all(each() is None for each in alive)
+    finally:
+        gc.enable()
 
 
 # which kernel

@@ -36,7 +36,9 @@ from calib.nn import (
     linear_group,
     quant_linear,
     route_attention,
+    use_int8_cache,
 )
+from calib.nn.kv_cache import INT8
 from calib.quantizers import AffineSpec
 
 METHOD = "calib"
@@ -230,6 +232,8 @@ class CalibHfQuantizer(HfQuantizer):
             prefix.install(model)
         if self.quantization_config.attention is not None:
             install_attention(model, self.quantization_config.attention)
+            if mode == "packed" and rounds_to_int8(model):
+                use_int8_cache(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
@@ -241,6 +245,12 @@ class CalibHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def rounds_to_int8(model: nn.Module) -> bool:
+    """Whether its cache is simulated in the very format that an int8 cache holds."""
+    forms = [form for m in model.modules() if isinstance(form := getattr(m, "calib_attention", None), AttentionFormat)]
+    return bool(forms) and all(form.cache == INT8 for form in forms)
 
 
 def set_mode(model: nn.Module, mode: str) -> nn.Module:

@@ -15,6 +15,7 @@ from calib.export import compressed_load, hf
 from calib.files import check_files
 from calib.model.skeleton import known_config
 from calib.model.store import shards
+from calib.nn import use_int8_cache
 from calib.threads import one_at_a_time
 
 AGAIN = "export or copy the model again"
@@ -25,16 +26,19 @@ def load(
     mode: Literal["packed", "fake"] = "packed",
     dtype: torch.dtype | None = None,
     *,
+    kv_cache: Literal["int8"] | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """The model of a folder (or a name that model_zoo knows), in eval mode, with its prefix where it has one.
 
     mode: 'packed' runs integer kernels where this machine has one for the format, 'fake' the arithmetic that
     defines their result; both for calib's own format and for compressed-tensors, as far as its grids are
-    calib's own (else its package runs it). dtype: of everything that is not codes or scales; default: as stored. Raises
-    ModelError, one line that names file and tensor, for what is missing, truncated, unknown or too new.
+    calib's own (else its package runs it). dtype: of everything that is not codes or scales; default: as stored.
+    kv_cache: 'int8' holds the keys and values of forward and ``generate`` as int8, one range a token and head, of any
+    decoder; a packed checkpoint of --kv-bits 8 does so anyway. Raises ModelError, one line that names file and tensor,
+    for what is missing, truncated, unknown or too new.
     """
-    return load_pair(path, mode, dtype, progress=progress)[0]
+    return load_pair(path, mode, dtype, kv_cache=kv_cache, progress=progress)[0]
 
 
 @one_at_a_time
@@ -43,6 +47,7 @@ def load_pair(
     mode: Literal["packed", "fake"] = "packed",
     dtype: torch.dtype | None = None,
     *,
+    kv_cache: Literal["int8"] | None = None,
     progress: bool = False,
 ) -> tuple[nn.Module, Any]:
     """`load`'s model and its tokenizer (None where the folder has none)."""
@@ -50,15 +55,26 @@ def load_pair(
 
     if mode not in ("packed", "fake"):
         raise InputError(f"unknown mode {mode!r}", "use packed or fake")
+    if kv_cache not in (None, "int8"):
+        raise InputError(f"unknown kv_cache {kv_cache!r}", "use int8, or None for floats")
     if Path(path).is_dir():
         config = check_folder(Path(path))
         if (config.get("quantization_config") or {}).get("quant_method") == compressed_load.METHOD:
             model = compressed_load.load_integer(Path(path), config, dtype)
             if model is not None:
-                return hf.set_mode(model, mode), load_tokenizer(path)
+                return _ready(model, mode, kv_cache), load_tokenizer(path)
     with known_config(path):
         model, tokenizer = load_model(str(path), dtype="auto" if dtype is None else dtype, progress=progress)  # type: ignore[arg-type]
-    return hf.set_mode(model, mode), tokenizer
+    return _ready(model, mode, kv_cache), tokenizer
+
+
+def _ready(model: nn.Module, mode: str, kv_cache: str | None) -> nn.Module:
+    hf.set_mode(model, mode)
+    if kv_cache is not None:
+        return use_int8_cache(model)
+    if mode == "fake" and hasattr(model, "calib_int8_cache"):
+        model.calib_int8_cache = False  # type: ignore[assignment]  # simulated, as all the rest
+    return model
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -5,6 +5,7 @@ from calib.nn.attention import AttentionFormat, attention_modules, route_attenti
 from calib.nn.basis_linear import BasisLinear
 from calib.nn.describe import describe_linear, linear_group, quant_linear
 from calib.nn.hadamard import best_block, block_hadamard, hadamard_matrix
+from calib.nn.kv_cache import Int8Cache, use_int8_cache
 from calib.nn.linear import CalledAsWeight, QuantLinear
 from calib.nn.low_rank import LowRankLinear, changed_linears, float_linear
 from calib.nn.prefix import Prefix, StatelessCache
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionFormat",
     "BasisLinear",
     "CalledAsWeight",
+    "Int8Cache",
     "LowRankLinear",
     "Prefix",
     "QuantLinear",
@@ -30,4 +32,5 @@ __all__ = [
     "linear_group",
     "quant_linear",
     "route_attention",
+    "use_int8_cache",
 ]

@@ -18,6 +18,7 @@ from calib.errors import InputError
 from calib.quantizers import AffineSpec, fake_quantize_dynamic, straight
 
 NAME = "calib_quantized"
+ROUNDED = "calib_rounded"  # set on keys and values that come out of a cache on its grid already
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class AttentionFormat:
     def keys_or_values(self, x: Tensor) -> Tensor:
         """x [B, heads, T, dim] as it comes out of the cache and enters its matmul."""
         head, rest = x[:, :, : self.prefix], x[:, :, self.prefix :]
-        for spec in (self.cache, self.matmuls):
+        for spec in (None if getattr(x, ROUNDED, False) else self.cache, self.matmuls):
             if spec is not None:
                 rest = _rounded(rest, spec)
         return torch.cat([head, rest], dim=2) if self.prefix else rest

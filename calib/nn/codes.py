@@ -1,22 +1,27 @@
-"""Codes of a layer's input, made once for all layers that take the same input on the same grid: q, k, v; gate, up."""
+"""Codes of a layer's input."""
 
 from __future__ import annotations
 
 import hashlib
-import threading
-import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from calib.nn.activation import ActivationQuantizer
+from calib.nn.hadamard import block_hadamard
 
 BLOCK = 1 << 19  # activations quantized at a time: larger temporaries page-fault on every call, up to 5x
+_TOP_BIT = torch.tensor(-128, dtype=torch.int8)
+
+
+Quantize = Callable[[Tensor], "Codes"]
 
 
 class Codes:
     """Rows [M, in] on a grid. scale, zero_point: of the grid. outside: bool [M], rows that need float, None: none."""
+
+    __slots__ = ("_codes", "_flipped", "outside", "scale", "zero_point")
 
     def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, outside: Tensor | None) -> None:
         self.scale, self.zero_point, self.outside = scale, zero_point, outside
@@ -38,7 +43,7 @@ class Codes:
 
     def _as(self, flipped: bool) -> Tensor:
         if flipped != self._flipped:  # code + 128 is the same byte with its top bit flipped
-            self._codes.view(torch.uint8).bitwise_xor_(128)
+            self._codes.bitwise_xor_(_TOP_BIT)
             self._flipped = flipped
         return self._codes
 
@@ -52,39 +57,40 @@ def fingerprint(quantizer: ActivationQuantizer) -> bytes:
     return found.digest()
 
 
-@dataclass
-class _Kept:
-    """The last codes a thread made. The input is not kept alive by them, nor they beyond it."""
+def quantize_for(quantizer: ActivationQuantizer) -> Quantize:
+    """x [M, in] -> its codes, by the quantizer's buffers as they are now.
 
-    of: weakref.ref[Tensor]
-    version: int
-    key: bytes
-    codes: Codes
-
-
-_last = threading.local()
-
-
-def codes_of(quantizer: ActivationQuantizer, key: bytes, x: Tensor) -> Codes:
-    """Codes of x [..., in], as rows. key: the quantizer's fingerprint.
-
-    Taken from the call before where it had this very tensor, unchanged, and an equal quantizer. Tensors made in
-    inference mode do not tell whether they changed: theirs are always made anew.
+    ``quantized`` for every quantizer; for few rows of a static grid on a CPU, where starting an operator costs more
+    than its arithmetic, the same arithmetic written out: the same bits.
     """
-    kept: _Kept | None = getattr(_last, "kept", None)
-    if x.is_inference():
-        return quantized(quantizer, x.reshape(-1, x.shape[-1]))
-    if kept is not None and kept.of() is x and kept.version == x._version and kept.key == key:
-        return kept.codes
-    codes = quantized(quantizer, x.reshape(-1, x.shape[-1]))
-    _last.kept = _Kept(weakref.ref(x, _forget), x._version, key, codes)
-    return codes
+    spec = quantizer.spec
+    assert spec is not None
+    scale, zero_point, device = quantizer.scale, quantizer.zero_point, torch.device("cpu")
+    if scale is None or zero_point is None or quantizer.watches_rows or scale.device != device:
+        return lambda x: quantized(quantizer, x)
+    shift, rescale, hadamard = quantizer.shift, quantizer.rescale, quantizer.hadamard
+    step, qmin, qmax = max(1, BLOCK // quantizer.features), spec.qmin, spec.qmax
+    # as tensors: wrapping a number costs another microsecond
+    offset = None if spec.symmetric else zero_point.float()
 
+    def few(x: Tensor) -> Codes:
+        if len(x) > step or x.dtype == torch.float64:
+            return quantized(quantizer, x)
+        t = x
+        if shift is not None:
+            t = torch.sub(t, shift)  # in fp32, as everything from here on
+            if rescale is not None:
+                t.div_(rescale)
+        elif rescale is not None:
+            t = torch.div(t, rescale)
+        if hadamard != 1:
+            t = block_hadamard(t.float(), hadamard)
+        t = torch.div(t, scale) if t is x else t.div_(scale)
+        if offset is not None:
+            t.add_(offset)
+        return Codes(t.round_().clamp_(qmin, qmax).to(torch.int8), scale, zero_point, None)
 
-def _forget(of: weakref.ref[Tensor]) -> None:
-    kept: _Kept | None = getattr(_last, "kept", None)
-    if kept is not None and kept.of is of:
-        _last.kept = None
+    return few
 
 
 def quantized(quantizer: ActivationQuantizer, x: Tensor) -> Codes:

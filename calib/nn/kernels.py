@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from calib.nn.codes import Codes, codes_of, fingerprint
+from calib.nn.codes import Codes, fingerprint, quantize_for
+from calib.nn.together import FEW, Finish, Product, Reader, read
 from calib.quantizers import AffineSpec, LevelSpec
 from calib.quantizers.product import LONGEST, PROBES, inexact, int_mm, int_mm_refusal
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from calib.nn.linear import QuantLinear
 
 Operator = Literal["qlinear", "int_mm", "int4"]
-# codes [M, in], x_scale, zero_point, bias -> fp32 [M, out], see above
-Product = Callable[[Codes, float, int, "Tensor | None"], Tensor]
 
 TILE = 1 << 20  # weights decoded to float at a time: the tile stays in cache
 INT4_GROUPS = (32, 64, 128, 256)  # what torch's int4 kernel takes, with outputs in multiples of 16
@@ -60,6 +59,7 @@ def describe() -> dict[str, str]:
     many = {bits: _refused("qlinear", limit) for bits, limit in ((8, 127), (7, 63))}
     one = _refused("int_mm", 127)
     single = "" if one else "; single rows: torch._int_mm"
+    joint = "" if many[8] else f"; layers of one input run as one: single rows, and up to {FEW} of small layers"
     fallback = "dequantize: float weight by tiles, then float GEMM"
 
     def integer(bits: int, note: str) -> str:
@@ -68,8 +68,8 @@ def describe() -> dict[str, str]:
     four = _refused("int4", 7)
     int4 = fallback if four else f"bf16, up to {INT4_ROWS} rows: int4pack of ATen; otherwise {fallback}"
     return {
-        "w8a8-static": integer(8, f"u8 activations, scales and bias fused{single}"),
-        "w8a8": integer(8, f"u8 activations, scale per row afterwards{single}"),
+        "w8a8-static": integer(8, f"u8 activations, scales and bias fused{single}{joint}"),
+        "w8a8": integer(8, f"u8 activations, scale per row afterwards{single}{joint}"),
         "w1..w7, integer activations": integer(7, "weights held as int8 (scales per channel or tensor)"),
         "weights asymmetric, in groups or of two planes": f"{fallback} (the scale changes inside a sum)",
         "w1..w4 with float activations in groups of one scale, bf16 model": int4 + (f" ({four})" if four else ""),
@@ -104,81 +104,145 @@ def _machine_refusal(module: QuantLinear) -> str:
 
 def _integer(module: QuantLinear, exact: bool, reason: str) -> Kernel:
     """Codes of x, exact sums of products, fp32 rescale; rows that leave a static range in float if asked."""
-    quantizer, spec, columns = module.input, module.input.spec, module.in_features
-    assert spec is not None
-    scale = module.weight_scale.reshape(-1).float().expand(module.out_features).contiguous()
-    bias = None if module.bias is None else module.bias.float()
-    static = quantizer.scale is not None
-    step, zero = _scalars(quantizer.scale, quantizer.zero_point)
-    sums = None if static or spec.symmetric else _integers(module).sum(dim=1, dtype=torch.int32) * scale
+    quantizer, columns, out = module.input, module.in_features, module.out_features
     float_rows = _tiled(module) if quantizer.watches_rows else None
-    product, name = (_exact(module, scale), "exact") if exact else _operator(module, scale)
-    key = fingerprint(quantizer)
+    reader = _Exact(module) if exact else _Integer(module)
 
-    @torch.no_grad()
     def run(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # entered by hand: the decorator costs a tenth of a small layer
+            with torch.no_grad():
+                return run(x)
         if x.numel() == 0:
-            return x.new_zeros(*x.shape[:-1], len(scale))
-        codes = codes_of(quantizer, key, x)
-        if static:
-            y = product(codes, step, zero, bias)
-        else:
-            y = product(codes, 1.0, 0, None)
-            if sums is not None:
-                y.addr_(codes.zero_point.float().reshape(-1).expand(len(y)), sums, alpha=-1)
-            x_scale = codes.scale
-            y = y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale.expand(len(y), 1), out=y)
-        y = y.to(x.dtype)
+            return x.new_zeros(*x.shape[:-1], out)
+        codes, y = read(reader, x)
+        if x.dtype != torch.float32:
+            y = y.to(x.dtype)
         if float_rows is not None and codes.outside is not None:
             y[codes.outside] = float_rows(quantizer.transform(x.reshape(-1, columns)[codes.outside]))
-        return y.view(*x.shape[:-1], len(scale))
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
 
-    return _named(run, name, reason)
+    cpu = module.weight_scale.device.type == "cpu"
+    return _named(run, "exact" if exact else "int8 qlinear" if cpu else "int8 int_mm", reason)
 
 
-def _operator(module: QuantLinear, scale: Tensor) -> tuple[Product, str]:
-    """torch's int8 operators: int_mm on CUDA and for single rows, else oneDNN's qlinear, and their name."""
-    weight = _integers(module).contiguous()
-    cpu = weight.device.type == "cpu"
-    # A single row is memory-bound and wants plain codes: at 8 bits the checkpoint has them for nothing.
-    single = module.weight is weight and module.in_features > 1 and not _refused("int_mm", 127)
-    plain = weight if single or not cpu else None
-    sums = None if plain is None else plain.sum(dim=1, dtype=torch.int32)
-    no_zero = torch.zeros_like(scale, dtype=torch.int32)
-    packed = torch.ops.onednn.qlinear_prepack(weight, None) if plain is None else None
+class _Exact(Reader):
+    """The integers in float GEMMs wide enough for every partial sum; the module must outlive it."""
 
-    def product(codes: Codes, x_scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
-        nonlocal packed
-        if plain is not None and sums is not None and (not cpu or codes.rows == 1):
-            total = int_mm(codes.signed, plain)
-            y = (total - zero_point * sums if zero_point else total).float().mul_(x_scale).mul_(scale)
+    def __init__(self, module: QuantLinear) -> None:
+        super().__init__()
+        self.key, self.quantize = fingerprint(module.input), quantize_for(module.input)
+        self.shape, owner, spec = (module.out_features, module.in_features), weakref.ref(module), module.input.spec
+        assert spec is not None
+        largest = int(_integers(module).abs().sum(dim=1, dtype=torch.int64).amax())  # of |sum| a unit of activation
+        x_scale, zero_point = _scalars(module)
+        reach, scale = max(spec.qmax - zero_point, zero_point - spec.qmin), _scales([module])
+        bias = _static_bias([module])
+
+        def multiply(given: Codes) -> Tensor:
+            module, codes = owner(), given.signed
+            assert module is not None
+            dtype = torch.float32 if largest * reach < 1 << 24 else torch.float64
+            x = codes.to(dtype).sub_(zero_point)
+            y = torch.empty(len(codes), len(scale), device=codes.device)
+            for rows in _tiles(module):
+                y[:, rows] = (x @ _integers(module, rows).to(dtype).t()).float()
+            y = y.mul_(x_scale).mul_(scale)
             return y if bias is None else y.add_(bias)
-        if packed is None:
-            packed = torch.ops.onednn.qlinear_prepack(plain, None)
-        return _qlinear(codes.unsigned, x_scale, zero_point, packed, scale, no_zero, bias)
 
-    return product, "int8 qlinear" if cpu else "int8 int_mm"
+        self.product, self.finish = multiply, _finish(module)
 
 
-def _exact(module: QuantLinear, scale: Tensor) -> Product:
-    """The same integers in float GEMMs wide enough for every partial sum; the module must outlive it."""
-    owner, spec = weakref.ref(module), module.input.spec
-    assert spec is not None
-    largest = int(_integers(module).abs().sum(dim=1, dtype=torch.int64).amax())  # of |sum| a unit of activation
+class _Integer(Reader):
+    """torch's int8 operators; layers of one input run as one where ``together`` finds that it pays."""
 
-    def product(given: Codes, x_scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
-        module, codes = owner(), given.signed
-        assert module is not None
-        reach = max(spec.qmax - zero_point, zero_point - spec.qmin)
-        dtype = torch.float32 if largest * reach < 1 << 24 else torch.float64
-        x = codes.to(dtype).sub_(zero_point)
-        y = torch.empty(len(codes), len(scale), device=codes.device)
-        for rows in _tiles(module):
-            y[:, rows] = (x @ _integers(module, rows).to(dtype).t()).float()
-        y = y.mul_(x_scale).mul_(scale)
-        return y if bias is None else y.add_(bias)
+    def __init__(self, module: QuantLinear) -> None:
+        super().__init__()
+        self.key, self.quantize = fingerprint(module.input), quantize_for(module.input)
+        self.shape, self.owner = (module.out_features, module.in_features), weakref.ref(module)
+        weight = _integers(module).contiguous()
+        self.cpu = weight.device.type == "cpu"
+        # A single row is memory-bound and wants plain codes: at 8 bits the checkpoint has them for nothing.
+        self.single = self.cpu and module.weight is weight and module.in_features > 1 and not _refused("int_mm", 127)
+        self.kind = (self.cpu, self.single, module.bias is None)
+        self.operator = _Operator([module], weight, keep=self.single or not self.cpu)
+        self.product, self.finish = self.operator, _finish(module)
 
-    return product
+    def joined(self, others: Sequence[_Integer]) -> Product:
+        """All outputs side by side. Plain codes move together, and each layer goes on with its part of them."""
+        readers = [self, *others]
+        modules = [module for each in readers if (module := each.owner()) is not None]
+        with torch.inference_mode(False), torch.no_grad():  # buffers outlive the mode of this call
+            weight = torch.cat([_integers(module) for module in modules])
+            operator = _Operator(modules, weight, keep=self.single)
+            parts = weight.split([each.shape[0] for each in readers])
+            for module, reader, part in zip(modules, readers, parts, strict=True):
+                if self.single:
+                    module.weight = reader.operator.plain = part
+                    reader.operator.packed = None  # made again if many rows come
+        return operator
+
+
+class _Operator:
+    """Codes -> fp32 [M, out] of one layer or several, by int_mm on CUDA and for single rows, else oneDNN's qlinear."""
+
+    def __init__(self, modules: Sequence[QuantLinear], weight: Tensor, keep: bool) -> None:
+        """keep: the weight int8 [out, in] as it is, for int_mm; packed for qlinear when rows first ask for it."""
+        self.plain, self.cpu = weight if keep else None, weight.device.type == "cpu"
+        self.x_scale, self.zero_point = _scalars(modules[0])
+        self.scale, self.bias = _scales(modules), _static_bias(modules)
+        self.moved = weight.sum(dim=1, dtype=torch.int32) * self.zero_point if keep and self.zero_point else None
+        self.step = torch.full((1,), self.x_scale, device=weight.device)  # a number is wrapped anew for every call
+        self.no_zero = torch.zeros_like(self.scale, dtype=torch.int32)
+        self.packed = None if keep else torch.ops.onednn.qlinear_prepack(weight, None)
+
+    def __call__(self, codes: Codes) -> Tensor:
+        plain, bias = self.plain, self.bias
+        if plain is not None and (codes.rows == 1 or not self.cpu):
+            total = int_mm(codes.signed, plain)
+            y = torch.mul(total if self.moved is None else total.sub_(self.moved), self.step).mul_(self.scale)
+            return y if bias is None else y.add_(bias)
+        if self.packed is None:
+            self.packed = torch.ops.onednn.qlinear_prepack(plain, None)
+        return _qlinear(codes.unsigned, self.x_scale, self.zero_point, self.packed, self.scale, self.no_zero, bias)
+
+
+def _static_bias(modules: Sequence[QuantLinear]) -> Tensor | None:
+    """What the operator adds: of all outputs, or nothing, where a dynamic grid's scale comes first."""
+    if modules[0].bias is None or modules[0].input.scale is None:
+        return None
+    return torch.cat([module.bias.float() for module in modules if module.bias is not None])
+
+
+def _finish(module: QuantLinear) -> Finish | None:
+    """What a dynamic grid leaves to do with the operator's fp32 [M, out], in place.
+
+    Of each layer alone, joined or not: torch rounds a fused multiply-add otherwise at the end of a row.
+    """
+    spec = module.input.spec
+    if module.input.scale is not None or spec is None:
+        return None
+    bias, sums = None if module.bias is None else module.bias.float(), None
+    if not spec.symmetric:
+        sums = _integers(module).sum(dim=1, dtype=torch.int32) * _scales([module])
+
+    def finish(codes: Codes, y: Tensor) -> Tensor:
+        if sums is not None:
+            y.addr_(codes.zero_point.float().reshape(-1).expand(len(y)), sums, alpha=-1)
+        x_scale = codes.scale
+        return y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale.expand(len(y), 1), out=y)
+
+    return finish
+
+
+def _scales(modules: Sequence[QuantLinear]) -> Tensor:
+    """Of all outputs, fp32."""
+    return torch.cat([module.weight_scale.reshape(-1).float().expand(module.out_features) for module in modules])
+
+
+def _scalars(module: QuantLinear) -> tuple[float, int]:
+    """Scale and zero point of a static grid; those of a dynamic one come with the codes."""
+    scale, zero_point = module.input.scale, module.input.zero_point
+    return (1.0, 0) if scale is None or zero_point is None else (float(scale), int(zero_point))
 
 
 def _integers(module: QuantLinear, rows: slice | None = None) -> Tensor:
@@ -226,10 +290,6 @@ def _int4_product(codes: Tensor, scale: Tensor, group: int) -> Callable[[Tensor]
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
     pairs = torch.stack([scale.t(), torch.zeros_like(scale.t())], dim=-1).to(torch.bfloat16).contiguous()
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, pairs)
-
-
-def _scalars(scale: Tensor | None, zero_point: Tensor | None) -> tuple[float, int]:
-    return (1.0, 0) if scale is None or zero_point is None else (float(scale), int(zero_point))
 
 
 def _dequantize(module: QuantLinear, reason: str) -> Kernel:
@@ -283,7 +343,7 @@ def _qlinear(
     """(codes - zero_point) x_scale times the prepacked weight, + bias, in fp32; octets: uint8, code + 128, for oneDNN
     is fast on unsigned activations only.
     """
-    return torch.ops.onednn.qlinear_pointwise(
+    return torch.ops.onednn.qlinear_pointwise.default(
         octets,
         x_scale,
         zero_point + 128,

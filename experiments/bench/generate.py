@@ -75,7 +75,7 @@ def difference(packed: Any, fake: Any, ids: torch.Tensor) -> float:
     return float((a - b).abs().max() / (b.max() - b.min()))
 
 
-@torch.no_grad()  # as generate() runs: tensors of inference mode do not share codes
+@torch.no_grad()  # as generate() runs
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")

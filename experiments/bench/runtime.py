@@ -3,7 +3,8 @@
 ``calib quantize MODEL --scheme w8a8-static --method os+ --data TRAIN.tsv --out QUANTIZED`` and ``calib export QUANTIZED
 --format onnx --out ONNX`` come first. Then ``python -m experiments.bench.runtime MODEL QUANTIZED ONNX`` times all on
 the same sentences, in turns, CPU time of the process, and compares their logits with float's on the whole test file.
-onnxruntime's static quantization sees as many sentences of the training file as calib saw.
+onnxruntime's static quantization sees as many sentences of the training file as calib saw. Loading and memory: a fresh
+process each, after all imports, that loads the files and answers once for 32 sentences.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import json
 import logging
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +37,20 @@ Batch = dict[str, torch.Tensor]
 Runner = Callable[[Batch], np.ndarray]
 CALIBRATION, TIMED, ROUNDS = 128, 48, 3
 HERE = Path(__file__).parent
+CHILD = """
+import json, sys, time, numpy, onnxruntime, torch, calib
+from transformers import BertForSequenceClassification
+from calib.evaluate import peak_rss_mib
+from experiments.bench.runtime import loaded
+what, path, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(threads)
+before, start = peak_rss_mib(), time.process_time()
+run = loaded(what, path, threads)
+took = time.process_time() - start
+ids = torch.randint(1000, 2000, (32, 32))
+run({"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)})
+print(json.dumps([took, peak_rss_mib() - before]))
+"""
 
 
 def torch_runner(model: Any) -> Runner:
@@ -53,6 +70,22 @@ def onnx_runner(file: Path, threads: int) -> Runner:
     return lambda batch: session.run(None, {name: batch[name].numpy() for name in names})[0]
 
 
+def loaded(what: str, path: str, threads: int) -> Runner:
+    """The files of a row of the table, ready to run."""
+    if what == "torch fp32":
+        return torch_runner(load_pair(path, dtype=torch.float32)[0])
+    return torch_runner(calib.load(path)) if what == "calib packed" else onnx_runner(Path(path), threads)
+
+
+def footprint(what: str, path: Path, threads: int) -> dict[str, float]:
+    """MiB of weights on disk, CPU seconds to load them, MiB above the imports at most."""
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, what, str(path), str(threads)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    seconds, mib = json.loads(said.splitlines()[-1])
+    files = list(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return {"MiB on disk": sum(f.stat().st_size for f in files) / 2**20, "load, s": seconds, "peak, MiB": mib}
+
+
 class Reader(CalibrationDataReader):
     """Calibration batches for onnxruntime's own static quantization."""
 
@@ -64,7 +97,8 @@ class Reader(CalibrationDataReader):
         return None if batch is None else {k: batch[k].numpy() for k in ("input_ids", "attention_mask")}
 
 
-def runners(given: argparse.Namespace, model: Any, calibration: list[Batch], work: Path) -> dict[str, Runner]:
+def rivals(given: argparse.Namespace, model: Any, calibration: list[Batch], work: Path) -> dict[str, Path]:
+    """The rows of the table and their files."""
     plain = traced(model).model_proto
     for node in plain.graph.node:  # as torch exports it: the Sums are ours
         node.op_type = "Add" if node.op_type == "Sum" else node.op_type
@@ -82,12 +116,12 @@ def runners(given: argparse.Namespace, model: Any, calibration: list[Batch], wor
         **common,
     )
     return {
-        "torch fp32": torch_runner(model),
-        "calib packed": torch_runner(calib.load(given.quantized)),
-        "calib in onnxruntime": onnx_runner(given.onnx / "model.onnx", given.threads),
-        "onnxruntime fp32": onnx_runner(work / "float.onnx", given.threads),
-        "onnxruntime int8 dynamic": onnx_runner(work / "dynamic.onnx", given.threads),
-        "onnxruntime int8 static QDQ": onnx_runner(work / "static.onnx", given.threads),
+        "torch fp32": given.model,
+        "calib packed": given.quantized,
+        "calib in onnxruntime": given.onnx / "model.onnx",
+        "onnxruntime fp32": work / "float.onnx",
+        "onnxruntime int8 dynamic": work / "dynamic.onnx",
+        "onnxruntime int8 static QDQ": work / "static.onnx",
     }
 
 
@@ -121,7 +155,9 @@ def main() -> None:
     first = encode_rows(tokenizer, read_labelled(given.data / "train.tsv")[0][:CALIBRATION], 512)
     table: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        found = runners(given, model, list(batch_rows(first, tokenizer, 8)), Path(scratch))
+        files = rivals(given, model, list(batch_rows(first, tokenizer, 8)), Path(scratch))
+        feet = {name: footprint(name, path, given.threads) for name, path in files.items()}
+        found = {name: loaded(name, str(path), given.threads) for name, path in files.items()}
         for size in (1, 32):
             batches = list(batch_rows(rows[: TIMED * (1 if size == 1 else 2)], tokenizer, size))
             count = sum(len(batch["input_ids"]) for batch in batches)
@@ -136,7 +172,9 @@ def main() -> None:
     for name, values in logits.items():
         table[name]["logits MSE"] = float(np.square(values - logits["torch fp32"]).mean())
         table[name]["accuracy"] = float((values.argmax(1) == truth).mean())
-    print("| | " + " | ".join(table["torch fp32"]) + " |\n" + "|---" * 7 + "|")
+        table[name] |= feet[name]
+    columns = table["torch fp32"]
+    print("| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for name, row in table.items():
         print(f"| {name} | " + " | ".join(f"{value:.4g}" for value in row.values()) + " |")
     about = {"versions": {**versions(), "onnxruntime": onnxruntime.__version__}, "threads": given.threads}
