@@ -201,9 +201,10 @@ class _Operator:
             total = int_mm(codes.signed, plain)
             y = torch.mul(total if self.moved is None else total.sub_(self.moved), self.step).mul_(self.scale)
             return y if bias is None else y.add_(bias)
-        if self.packed is None:
-            self.packed = torch.ops.onednn.qlinear_prepack(plain, None)
-        return _qlinear(codes.unsigned, self.x_scale, self.zero_point, self.packed, self.scale, self.no_zero, bias)
+        packed = self.packed  # once: a thread that joins layers takes it away
+        if packed is None:
+            packed = self.packed = torch.ops.onednn.qlinear_prepack(plain, None)
+        return _qlinear(codes.unsigned, self.x_scale, self.zero_point, packed, self.scale, self.no_zero, bias)
 
 
 def _static_bias(modules: Sequence[QuantLinear]) -> Tensor | None:

@@ -146,9 +146,10 @@ class QuantLinear(CalledAsWeight, nn.Module):
     @property
     def kernel(self) -> kernels.Kernel:
         """What runs in this mode (``.kernel_name`` names it), chosen at first use."""
-        if self._kernel is None:
-            self._kernel = kernels.select(self, exact=self.mode == "fake")
-        return self._kernel
+        kernel = self._kernel
+        if kernel is None:
+            kernel = self._kernel = kernels.select(self, exact=self.mode == "fake")
+        return kernel
 
     def forward(self, x: Tensor) -> Tensor:
         wants_gradient = self.mode == "fake" and x.requires_grad and torch.is_grad_enabled()

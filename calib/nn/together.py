@@ -58,8 +58,9 @@ class Reader:
     def compute(self, codes: Codes) -> tuple[Tensor, dict[Reader, Tensor]]:
         """The product, and what followers will ask for."""
         joint = self._joint
-        if joint is None or joint.followers is not self.followers:
-            joint = self._joint = self._of(self.followers)
+        followers = self.followers
+        if joint is None or joint.followers is not followers:
+            joint = self._joint = self._of(followers)
         rows = codes.rows
         if self.joined is None or (rows > joint.few and not (rows == 1 and joint.single)):
             return self.product(codes), {}
@@ -74,12 +75,13 @@ class Reader:
         else:
             self._used += 1
         if joint.product is None:
-            joint.product = self.joined(others)
+            with _joining:  # layers may be joined by two threads, or into two groups
+                joint.product = joint.product or self.joined(others)
         y = joint.product(codes)
         # contiguous, as of layers that run alone
         own, *rest = y.split(joint.widths, 1) if rows == 1 else _split(y, joint.widths, 1)
-        self._left = dict(zip(others, rest, strict=True))
-        return own, self._left
+        results = self._left = dict(zip(others, rest, strict=True))  # another thread may set its own meanwhile
+        return own, results
 
     def _of(self, followers: list[weakref.ref[Reader]]) -> _Joint:
         alive = [(each, reader) for each in followers if (reader := each()) is not None]
@@ -89,6 +91,7 @@ class Reader:
         return _Joint(followers, [each for each, _ in alike], widths, few, self.single and bool(alike))
 
 
+_joining = threading.Lock()
 _split = torch.ops.aten.split_with_sizes_copy.default
 
 

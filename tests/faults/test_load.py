@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import re
+import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import calib
+from calib.nn import ActivationQuantizer, QuantLinear
+from calib.quantizers import AffineSpec
 from tests.families import batches, build
 from tests.faults import soak
 
@@ -68,6 +71,39 @@ def test_eight_threads_share_one_model(folder: Path) -> None:
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
+
+
+def test_threads_that_join_layers_at_once_get_their_own_results() -> None:
+    torch.manual_seed(0)
+    rows = [torch.randn(n, 64) for n in (1, 5, 1, 7, 2, 1) * 3]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # a thread may be left between any two steps of another
+    try:
+        for seed in range(40):
+            layers = [static_linear(seed, 32 + 16 * n) for n in range(3)]
+            want = [[layer.set_mode("fake")(x) for layer in layers] for x in rows]
+            for layer in layers:
+                layer.set_mode("packed")
+            gate = threading.Barrier(4)
+
+            def work(k: int, layers: list[QuantLinear] = layers, gate: threading.Barrier = gate) -> list[list[Tensor]]:
+                gate.wait()
+                return [[layer(x) for layer in layers] for x in (rows[k:] + rows[:k])]
+
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                for k, found in enumerate(pool.map(work, range(4))):
+                    turned = want[k:] + want[:k]
+                    assert all(same(tuple(a), tuple(b)) for a, b in zip(found, turned, strict=True))  # type: ignore[arg-type]
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def static_linear(seed: int, out: int) -> QuantLinear:
+    generator = torch.Generator().manual_seed(seed + out)
+    quantizer = ActivationQuantizer(AffineSpec(8, False, "tensor"), 64)
+    quantizer.scale, quantizer.zero_point = torch.tensor([0.03]), torch.tensor([3], dtype=torch.int32)
+    weight = torch.randn(out, 64, generator=generator)
+    return QuantLinear.from_float(weight, torch.randn(out, generator=generator), AffineSpec(8), quantizer)
 
 
 def _in_child(folder: Path, model: torch.nn.Module, want: tuple[Tensor, Tensor], out: object) -> None:
