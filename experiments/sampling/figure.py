@@ -1,0 +1,50 @@
+"""Dots per draw and a bar at their mean, for groups side by side: the figure of the sampling experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """values: arm, then target, then one value a draw. line: a value to compare with, and what it is."""
+
+    title: str
+    unit: str
+    values: Mapping[str, Mapping[str, Sequence[float]]]
+    line: tuple[float, str] | None = None
+    log: bool = False
+
+
+def plot(panels: Sequence[Panel], file: Path, title: str) -> None:
+    drawing = Figure(figsize=(5.2 * -(-len(panels) // 2), 8.2), layout="constrained")
+    drawing.suptitle(title)
+    for axes, panel in zip(drawing.subplots(2, -(-len(panels) // 2)).flatten(), panels, strict=False):
+        targets = list(next(iter(panel.values.values())))
+        for place, of_arm in enumerate(panel.values.values()):
+            for index, target in enumerate(targets):
+                x, found = place + 0.24 * (index - (len(targets) - 1) / 2), of_arm[target]
+                if found:
+                    axes.scatter([x] * len(found), found, s=14, alpha=0.55, color=COLOURS[index], linewidths=0)
+                    axes.hlines(fmean(found), x - 0.1, x + 0.1, color=COLOURS[index], linewidth=2.2)
+        if panel.line is not None:
+            axes.axhline(panel.line[0], color="grey", linestyle=":", linewidth=1)
+            axes.text(len(panel.values) - 0.5, panel.line[0], panel.line[1], ha="right", va="bottom", color="grey")
+        for index, target in enumerate(targets):
+            axes.scatter([], [], color=COLOURS[index], label=target)
+        axes.set_xticks(range(len(panel.values)), list(panel.values), rotation=20)
+        axes.set(title=panel.title, ylabel=panel.unit, xlim=(-0.5, len(panel.values) - 0.5))
+        axes.set_yscale("log" if panel.log else "linear")
+        axes.grid(axis="y", alpha=0.25)
+    handles, labels = drawing.axes[0].get_legend_handles_labels()
+    drawing.legend(handles, [f"target: {label}" for label in labels], loc="outside lower center", ncols=len(labels))
+    for axes in drawing.axes[len(panels) :]:
+        axes.axis("off")
+    drawing.savefig(file, dpi=110)
