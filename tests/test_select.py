@@ -156,6 +156,17 @@ def test_only_tokenizers_that_cut_at_spaces_are_cut(at_spaces: Any, byte_tokeniz
     np.testing.assert_array_equal(encoder(phrases)(NASTY)[0], encoded(phrases, NASTY)[0])
 
 
+def test_texts_are_counted_whole_whatever_a_tokenizer_cuts_and_pads(byte_tokenizer: Tokenizer) -> None:
+    cutting = copy.deepcopy(byte_tokenizer)
+    cutting.backend_tokenizer.enable_truncation(8)
+    cutting.backend_tokenizer.enable_padding(length=8)
+    plain, cut = (
+        select(mixed_pool(80), TARGET, each, windows=2, seq_len=64).rows for each in (byte_tokenizer, cutting)
+    )
+    assert cut == plain
+    assert cutting.backend_tokenizer.truncation is not None
+
+
 def test_stretches_are_forgotten_in_constant_memory(at_spaces: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("calib.data.encode._KEPT", 50)
     fast = Stretches(at_spaces)

@@ -6,7 +6,6 @@ where a tokenizer's patterns cut before spaces as well, a text's ids are those o
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import re
@@ -26,7 +25,6 @@ _ACROSS = re.compile(r"[^\s▁Ā-Ġ][ Ġ▁]")  # a space, as vocabularies write
 _PROBES = ("a", "S", "'", "1", ".", "\n", "_", "é", "\u00a0", "漢", "\u0301")  # one of each class that patterns know
 
 
-@functools.lru_cache(maxsize=1)  # with its memory, for the next choice
 def encoder(tokenizer: Tokenizer) -> Encoder:
     """The fastest way to a tokenizer's ids that is known to be exact."""
     return Stretches(tokenizer) if cuts_at_spaces(tokenizer) else lambda texts: encoded(tokenizer, texts)

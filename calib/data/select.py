@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from calib.data.features import BUCKETS, KINDS, SKETCH, Array, Features, learn_pieces, text_hash
@@ -350,9 +351,13 @@ def _within(pool: Pool) -> Iterator[str]:
 
 
 def _fast(tokenizer: Any) -> Any:
-    """The Rust tokenizer inside a transformers one."""
+    """The Rust tokenizer inside a transformers one, of whole texts: some files say how to cut and pad them."""
     if tokenizer is None:
         return None
     if (fast := getattr(tokenizer, "backend_tokenizer", None)) is None:
         raise InputError(f"{type(tokenizer).__name__} is a slow tokenizer", "use one with a tokenizer.json")
+    if fast.truncation or fast.padding:
+        fast = Tokenizer.from_str(fast.to_str())
+        fast.no_truncation()
+        fast.no_padding()
     return fast
