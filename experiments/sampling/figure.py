@@ -14,19 +14,20 @@ COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57")
 
 @dataclass(frozen=True)
 class Panel:
-    """values: arm, then target, then one value a draw. line: a value to compare with, and what it is."""
+    """values: arm, then target, then one value a draw. zero: whether the axis shows it."""
 
     title: str
     unit: str
     values: Mapping[str, Mapping[str, Sequence[float]]]
-    line: tuple[float, str] | None = None
-    log: bool = False
+    zero: bool = True
 
 
 def plot(panels: Sequence[Panel], file: Path, title: str) -> None:
-    drawing = Figure(figsize=(5.2 * -(-len(panels) // 2), 8.2), layout="constrained")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    drawing = Figure(figsize=(5.2 * columns, 4.1 * rows), layout="constrained")
     drawing.suptitle(title)
-    for axes, panel in zip(drawing.subplots(2, -(-len(panels) // 2)).flatten(), panels, strict=False):
+    for axes, panel in zip(drawing.subplots(rows, columns, squeeze=False).flatten(), panels, strict=False):
         targets = list(next(iter(panel.values.values())))
         for place, of_arm in enumerate(panel.values.values()):
             for index, target in enumerate(targets):
@@ -34,14 +35,12 @@ def plot(panels: Sequence[Panel], file: Path, title: str) -> None:
                 if found:
                     axes.scatter([x] * len(found), found, s=14, alpha=0.55, color=COLOURS[index], linewidths=0)
                     axes.hlines(fmean(found), x - 0.1, x + 0.1, color=COLOURS[index], linewidth=2.2)
-        if panel.line is not None:
-            axes.axhline(panel.line[0], color="grey", linestyle=":", linewidth=1)
-            axes.text(len(panel.values) - 0.5, panel.line[0], panel.line[1], ha="right", va="bottom", color="grey")
         for index, target in enumerate(targets):
             axes.scatter([], [], color=COLOURS[index], label=target)
         axes.set_xticks(range(len(panel.values)), list(panel.values), rotation=20)
         axes.set(title=panel.title, ylabel=panel.unit, xlim=(-0.5, len(panel.values) - 0.5))
-        axes.set_yscale("log" if panel.log else "linear")
+        if panel.zero:
+            axes.axhline(0, color="grey", linewidth=0.8)
         axes.grid(axis="y", alpha=0.25)
     handles, labels = drawing.axes[0].get_legend_handles_labels()
     drawing.legend(handles, [f"target: {label}" for label in labels], loc="outside lower center", ncols=len(labels))

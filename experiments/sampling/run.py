@@ -43,14 +43,16 @@ DATA = HERE.parents[2] / "shared/data"
 MODEL = "smollm2-135m"
 TARGETS = ("maths", "code", "reviews")
 SMALL, STEPS = "small-llama", 2000
-SIZES = {"purity": (16, 256, 0), "lowrank": (16, 256, 10), "loss": (16, 128, 64), "loss-smollm2": (16, 128, 8)}
+SIZES = {"purity": (16, 256, 0), "lowrank": (16, 256, 10), "loss": (16, 128, 32), "loss-smollm2": (16, 128, 8)}
 EXAMPLES = 24_000  # characters of a target
 TRAINING = {**dict.fromkeys((*TARGETS, "wiki"), 2_500_000), "code": 500_000}  # characters; of code four times all
 POOL = {"maths": 250_000, "code": 90_000, "reviews": 250_000, "wiki": 450_000}  # characters; code is all there is
 FEATURES = {"granular": None, "single": ["word"], "subword": ["subword"], "pieces": ["pieces"]}
 ARMS = ("oracle", "granular", "single", "random", "wrong", "self")
+FEATURE_NAMES = {"granular": "all three", "single": "words", "subword": "subwords", "pieces": "pieces"}
+ARM_NAMES = {"oracle": "target itself", "single": "words alone", "wrong": "wrong target", "self": "model's own"}
 CONSUMERS: dict[str, dict[str, Any]] = {  # what calibrates on the windows: one line each
-    "os+": {"scheme": "w8a8-static", "method": "os+"},
+    "os+": {"scheme": "w8a8-static", "method": "os+", "objective": "output"},  # as published, half the time
     "gptq": {"scheme": "w4a16", "method": "gptq"},
     "low-rank": {"scheme": "none", "method": "low_rank", "keep": 0.5},
 }
@@ -310,24 +312,31 @@ def panels() -> list[Panel]:
     }
     purity = cells["purity"]
     found = {
-        name: {t: [c["purity"] for key, c in purity.items() if key.startswith(f"{t}/{name}/")] for t in TARGETS}
-        for name in FEATURES
+        shown: {t: [c["purity"] for key, c in purity.items() if key.startswith(f"{t}/{name}/")] for t in TARGETS}
+        for name, shown in FEATURE_NAMES.items()
     }
-    shown = [Panel("Which features find the target", "share of chosen tokens that are the target's", found)]
-    lost = {arm: {t: [c[t] for c in arm_cells(cells["lowrank"], "", t, arm)] for t in TARGETS} for arm in ARMS}
-    unit = "relative output error on the target"
-    shown.append(Panel(f"{MODEL}, block {BLOCK}: whitened low rank at {RATIO}", unit, lost, log=True))
+    drawn = [Panel("What n-grams find in a pool", "share of the chosen that is the target's", found, zero=False)]
+    names = {arm: ARM_NAMES.get(arm, arm) for arm in ARMS}
+    lost = {
+        shown: {t: [c[t] for c in arm_cells(cells["lowrank"], "", t, arm)] for t in TARGETS}
+        for arm, shown in names.items()
+    }
+    drawn.append(
+        Panel(f"{MODEL}, block {BLOCK}: low rank, {RATIO} of weights", "relative output error on the target", lost)
+    )
     for part, model in (("loss", "small Llama"), ("loss-smollm2", MODEL)):
         for consumer, options in CONSUMERS.items():
             of = cells.get(part, {})
             harm = {
-                arm: {t: [c[t] - of["float"][t] for c in arm_cells(of, f"{consumer}/", t, arm)] for t in TARGETS}
-                for arm in ARMS
+                shown: {t: [c[t] - of["float"][t] for c in arm_cells(of, f"{consumer}/", t, arm)] for t in TARGETS}
+                for arm, shown in names.items()
             }
             if any(values for by_target in harm.values() for values in by_target.values()):
-                name = f"{model}: {consumer}" + ("" if "keep" in options else f", {options['scheme']}")
-                shown.append(Panel(name, "loss on the target above float's (nats)", harm))
-    return shown
+                name = f"{model}: {consumer}, " + (
+                    f"{options['keep']} of weights" if "keep" in options else options["scheme"]
+                )
+                drawn.append(Panel(name, "loss on the target above float's (nats)", harm))
+    return drawn
 
 
 def main() -> None:
@@ -339,7 +348,11 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     if args.part == "figure":
-        plot(panels(), HERE / "figure.png", "Text that calibrates a model, chosen in six ways; a dot is a draw")
+        plot(
+            panels(),
+            HERE / "figure.png",
+            "Which text calibrates a model? A dot is a draw of pool and examples, a bar their mean",
+        )
         return
     file = HERE / f"results-{args.part}.json"
     windows, length, held_out = SIZES[args.part]
