@@ -29,28 +29,33 @@ from typing import Any
 
 import torch
 import transformers
+from scipy import stats
 from torch import Tensor, nn
 
 import calib
-from calib.data import TokenData, calibration_data, generate_windows, read_documents, read_labelled, select
+from calib.data import TokenData, calibration_data, generate_windows, select
 from calib.evaluate import perplexity
 from experiments.recovery import small_llama
 from experiments.sampling.figure import Panel, plot
+from experiments.sampling.text import DATA, TARGETS, draw_texts, texts, until
 from model_zoo.sources import load_model, load_tokenizer, resolve
 
 HERE = Path(__file__).parent
-DATA = HERE.parents[2] / "shared/data"
 MODEL = "smollm2-135m"
-TARGETS = ("maths", "code", "reviews")
 SMALL, STEPS = "small-llama", 2000
 SIZES = {"purity": (16, 256, 0), "lowrank": (16, 256, 10), "loss": (16, 128, 32), "loss-smollm2": (16, 128, 8)}
-EXAMPLES = 24_000  # characters of a target
 TRAINING = {**dict.fromkeys((*TARGETS, "wiki"), 2_500_000), "code": 500_000}  # characters; of code four times all
-POOL = {"maths": 250_000, "code": 90_000, "reviews": 250_000, "wiki": 450_000}  # characters; code is all there is
 FEATURES = {"granular": None, "single": ["word"], "subword": ["subword"], "pieces": ["pieces"]}
 ARMS = ("oracle", "granular", "single", "random", "wrong", "self")
 FEATURE_NAMES = {"granular": "all three", "single": "words", "subword": "subwords", "pieces": "pieces"}
 ARM_NAMES = {"oracle": "target itself", "single": "words alone", "wrong": "wrong target", "self": "model's own"}
+PAIRS = (
+    ("wrong", "oracle"),
+    ("granular", "oracle"),
+    ("granular", "single"),
+    ("granular", "random"),
+    ("self", "random"),
+)
 CONSUMERS: dict[str, dict[str, Any]] = {  # what calibrates on the windows: one line each
     "os+": {"scheme": "w8a8-static", "method": "os+", "objective": "output"},  # as published, half the time
     "gptq": {"scheme": "w4a16", "method": "gptq"},
@@ -58,43 +63,6 @@ CONSUMERS: dict[str, dict[str, Any]] = {  # what calibrates on the windows: one 
 }
 BLOCK, RATIO = 10, 0.5  # of the low-rank part
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-
-
-@functools.cache
-def texts(name: str, split: str) -> list[str]:
-    """The texts of one domain's train or test part."""
-    if name == "maths":
-        rows = map(json.loads, (DATA / f"gsm8k/{split}.jsonl").read_text().splitlines())
-        return [f"{row['question']}\n{row['answer']}" for row in rows]
-    if name == "code":  # tasks 11 to 510 are MBPP's test part
-        rows = map(json.loads, (DATA / "mbpp/mbpp.jsonl").read_text().splitlines())
-        return [f"{r['text']}\n{r['code']}" for r in rows if (11 <= r["task_id"] <= 510) == (split == "test")]
-    if name == "reviews":
-        return read_labelled(DATA / f"sst2/{split}.tsv")[0]
-    text = "\n".join(read_documents(DATA / f"wikitext-2/{split}.txt"))
-    return [part for part in text.split("\n = ") if len(part) > 200]
-
-
-def draw_texts(draw: int) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
-    """Examples of each target, and the shuffled pool."""
-    shuffle = random.Random(draw)
-    examples, pool = {}, []
-    for name in (*TARGETS, "wiki"):
-        mixed = list(texts(name, "train"))
-        shuffle.shuffle(mixed)
-        rest = iter(mixed)
-        if name in TARGETS:
-            examples[name] = list(until(rest, EXAMPLES))
-        pool += [{"text": text, "label": name} for text in until(rest, POOL[name])]
-    shuffle.shuffle(pool)
-    return examples, pool
-
-
-def until(rest: Iterator[str], characters: int) -> Iterator[str]:
-    held = 0
-    while held < characters:
-        held += len(text := next(rest))
-        yield text
 
 
 def source(part: str) -> str:
@@ -270,20 +238,23 @@ def quantized_losses(part: str, consumer: str, target: str, arm: str, draw: int)
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], scale: float = 1.0, digits: int = 3) -> str:
     if not values:
         return "not run"
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{deviation} (n={len(values)})"
+    deviation = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{scale * statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def purity_table(cells: dict[str, Any]) -> None:
+    """Share of the chosen tokens that is the target's: mean ± standard deviation over draws, and the lowest."""
+    print("| target | of the pool | " + " | ".join(FEATURE_NAMES.values()) + " |\n|---|---|" + "---|" * len(FEATURES))
     for target in TARGETS:
+        row, bases = [], []
         for name in FEATURES:
             found = [cell for key, cell in cells.items() if key.startswith(f"{target}/{name}/")]
-            if found:
-                base = statistics.fmean(cell["base"] for cell in found)
-                print(f"{target:8s} {name:9s} {spread([c['purity'] for c in found])}  base {base:.3f}")
+            row.append(f"{spread([c['purity'] for c in found])} ({min(c['purity'] for c in found):.3f})")
+            bases += [cell["base"] for cell in found]
+        print(f"| {target} | {statistics.fmean(bases):.3f} | " + " | ".join(row) + " |")
 
 
 def arm_cells(cells: dict[str, Any], prefix: str, target: str, arm: str) -> list[dict[str, float]]:
@@ -296,13 +267,34 @@ def off_target(cell: dict[str, float], target: str) -> float:
     return statistics.fmean(cell[name] for name in TARGETS if name != target)
 
 
-def arm_table(cells: dict[str, Any], prefix: str) -> None:
-    """Mean and spread over draws, on the target and off it (mean of the other two)."""
-    for target in TARGETS:
-        for arm in ARMS:
-            found = arm_cells(cells, prefix, target, arm)
-            on, off = spread([c[target] for c in found]), spread([off_target(c, target) for c in found])
-            print(f"{prefix}{target:8s} {arm:9s} {on:30s} off {off}")
+def arm_table(cells: dict[str, Any], prefix: str, scale: float, digits: int) -> None:
+    """Mean ± standard deviation over draws above float, on the target / off it (mean of the other two)."""
+    zero = cells.get("float", dict.fromkeys(TARGETS, 0.0))
+    above = {
+        (arm, target): [{t: cell[t] - zero[t] for t in TARGETS} for cell in arm_cells(cells, prefix, target, arm)]
+        for arm in ARMS
+        for target in TARGETS
+    }
+    print(f"\n{prefix.rstrip('/') or 'low rank'}, draws: {sorted({len(found) for found in above.values()})}\n")
+    print("| text | " + " | ".join(TARGETS) + " |\n|---|" + "---|" * len(TARGETS))
+    for arm in ARMS:
+        row = []
+        for target in TARGETS:
+            found = above[arm, target]
+            on, off = [c[target] for c in found], [off_target(c, target) for c in found]
+            row.append(f"{spread(on, scale, digits)} / {spread(off, scale, digits)}")
+        print(f"| {ARM_NAMES.get(arm, arm)} | " + " | ".join(row) + " |")
+    print()
+    for one, other in PAIRS:
+        draws = min(len(above[arm, target]) for arm in (one, other) for target in TARGETS)
+        gaps = [
+            statistics.fmean(above[one, t][draw][t] - above[other, t][draw][t] for t in TARGETS)
+            for draw in range(draws)
+        ]
+        if len(gaps) > 1:
+            half = float(stats.t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / len(gaps) ** 0.5
+            mean, names = statistics.fmean(gaps), (ARM_NAMES.get(one, one), ARM_NAMES.get(other, other))
+            print(f"- {names[0]} less {names[1]}: {scale * mean:+.{digits}f} ± {scale * half:.{digits}f}")
 
 
 def panels() -> list[Panel]:
@@ -382,10 +374,10 @@ def main() -> None:
     if args.part == "purity":
         purity_table(results["cells"])
     elif args.part == "lowrank":
-        arm_table(results["cells"], "")
+        arm_table(results["cells"], "", 100, 2)  # percent
     else:
         for consumer in CONSUMERS:
-            arm_table(results["cells"], f"{consumer}/")
+            arm_table(results["cells"], f"{consumer}/", 1000, 1)  # thousandths of a nat
 
 
 if __name__ == "__main__":
