@@ -19,15 +19,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from tokenizers import models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import calib
 from calib import cli
 from calib.data import calibration_data, coverage, generate_windows, like, select
+from calib.data.encode import Merges, Stretches, cuts_at_spaces, encoded, encoder
 from calib.data.features import PRIOR, Features, learn_pieces, ngrams, word_ids
 from calib.data.pool import Pool, cut
 from calib.data.select import _RECORD, _Draw, _drop_repeats
@@ -104,6 +107,72 @@ def test_scores_equal_a_float64_reference_at_every_granularity(byte_tokenizer: T
     np.testing.assert_allclose(counted[1].means(found), expected, atol=1e-12)
     alone = np.concatenate([features.count([text]).means(found) for text in pool])
     np.testing.assert_allclose(alone, expected, atol=1e-12)
+
+
+NASTY = [
+    "a b  c\n d",
+    " \u00a0 x\u3000 y",
+    "été ना ै 1 2,3 's it's",
+    "x" * 300 + " " + "漢" * 90,
+    "",
+    " ",
+    "a\u0301 \u200d b\r\n  c",
+]
+
+
+def split_tokenizer(pattern: str, texts: list[str]) -> Any:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    cut = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=sorted(alphabet)))
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def at_spaces() -> Any:
+    """A byte-level BPE with the pattern of Llama 3 and its like."""
+    word = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    return split_tokenizer(word, [*sentences(NOUNS, 30), *NASTY])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(st.sampled_from("ab1.,'\n _é\u00a0\u3000漢\u0301\u200b"), max_size=60), min_size=1, max_size=4))
+def test_fast_ids_are_the_tokenizers_own(at_spaces: Any, byte_tokenizer: Tokenizer, texts: list[str]) -> None:
+    pieces = learn_pieces([*NASTY, *sentences(NOUNS, 30)] * 3)
+    for slow, fast in ((at_spaces, encoder(at_spaces)), (pieces, Merges(pieces))):
+        for ours, theirs in zip(fast([*texts, *NASTY, *texts]), encoded(slow, [*texts, *NASTY, *texts]), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_only_tokenizers_that_cut_at_spaces_are_cut(at_spaces: Any, byte_tokenizer: Tokenizer) -> None:
+    assert cuts_at_spaces(at_spaces)
+    phrases = split_tokenizer(r"[.\n]+", ["of the cat in the garden of the river"] * 9)
+    assert not cuts_at_spaces(phrases)  # entries of several words
+    assert not cuts_at_spaces(split_tokenizer(r"\S+\s*", ["a b"]))  # a word takes the space behind it
+    changed = tokenizers.Tokenizer.from_str(at_spaces.to_str())
+    changed.add_special_tokens([tokenizers.AddedToken("<mask>", rstrip=True)])
+    assert not cuts_at_spaces(changed)
+    np.testing.assert_array_equal(encoder(phrases)(NASTY)[0], encoded(phrases, NASTY)[0])
+
+
+def test_texts_are_counted_whole_whatever_a_tokenizer_cuts_and_pads(byte_tokenizer: Tokenizer) -> None:
+    cutting = copy.deepcopy(byte_tokenizer)
+    cutting.backend_tokenizer.enable_truncation(8)
+    cutting.backend_tokenizer.enable_padding(length=8)
+    plain, cut = (
+        select(mixed_pool(80), TARGET, each, windows=2, seq_len=64).rows for each in (byte_tokenizer, cutting)
+    )
+    assert cut == plain
+    assert cutting.backend_tokenizer.truncation is not None
+
+
+def test_stretches_are_forgotten_in_constant_memory(at_spaces: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calib.data.encode._KEPT", 50)
+    fast = Stretches(at_spaces)
+    for text in sentences(NOUNS, 60, 9):
+        np.testing.assert_array_equal(fast([text])[0], encoded(at_spaces, [text])[0])
+        assert len(fast._hashes) <= 51
 
 
 @pytest.mark.slow

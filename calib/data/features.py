@@ -7,9 +7,9 @@ of several words learned on the target. Hashes are 64-bit integer arithmetic: th
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+from calib.data.encode import Encoder, Merges, encoder, polynomial
 from calib.errors import InputError
 
 Array = NDArray[Any]
@@ -33,23 +34,23 @@ _PIECES, _LONGEST, _OFTEN = 8000, 32, 3  # learned pieces; characters of one; ti
 
 @dataclass(frozen=True)
 class Counts:
-    """N-grams of D texts. `buckets` [n] int64, text after text; `ends` [D] int64: where each text's end.
+    """N-grams of D texts. `buckets` [n] int64 and `owners` [n] int64: the text of each, a text's own in a fixed order.
 
     `tokens` [D] int64: of the model's tokenizer. `sketches` [D, SKETCH] uint8 are alike where texts are: the share of
     equal bytes is about the Jaccard similarity of their word bigrams. `hashes` [D] uint64, of the exact text.
     """
 
     buckets: Array
-    ends: Array
+    owners: Array
     tokens: Array
     sketches: Array
     hashes: Array
 
     def means(self, values: Array) -> Array:
         """Mean of values [buckets] over each text's n-grams and PRIOR zeros, float64 [D]."""
-        sums = np.concatenate(([0.0], np.cumsum(values[self.buckets])))
-        starts = np.concatenate(([0], self.ends[:-1]))
-        return (sums[self.ends] - sums[starts]) / (self.ends - starts + PRIOR)
+        texts = len(self.hashes)
+        sums = np.bincount(self.owners, values[self.buckets], minlength=texts)
+        return sums / (np.bincount(self.owners, minlength=texts) + PRIOR)
 
 
 @dataclass(frozen=True)
@@ -70,40 +71,54 @@ class Features:
             raise InputError(f"{self.buckets} buckets tell nothing apart", f"use {BUCKETS}")
 
     def count(self, texts: Sequence[str]) -> Counts:
-        """The hashed n-grams of some texts."""
+        """The hashed n-grams of some texts, and what else is known of each."""
         words = word_ids(texts)
-        subwords = None if self.subword is None else encoded(self.subword, texts)
-        streams = {"word": words, "subword": subwords}
-        if "pieces" in self.kinds:
-            assert self.pieces is not None
-            streams["pieces"] = encoded(self.pieces, texts)
-        grams, owners = [], []
-        for kind in self.kinds:
-            ids, owner = streams[kind]  # type: ignore[misc]
-            ones, twos, pairs = ngrams(ids, owner, _SALTS[kind])
-            grams += [ones, twos]
-            owners += [owner, pairs]
-        of = np.concatenate(owners)
-        order = np.argsort(of, kind="stable")
-        lengths = np.bincount(of, minlength=len(texts))
+        subwords = None if self._subwords is None else self._subwords(texts)
         if subwords is None:  # about four bytes a token
             tokens = np.array([len(text.encode()) // 4 + 1 for text in texts], np.int64)
         else:
             tokens = np.bincount(subwords[1], minlength=len(texts))
-        return Counts(
-            (np.concatenate(grams)[order] % np.uint64(self.buckets)).astype(np.int64),
-            np.cumsum(lengths),
-            tokens,
-            _sketches(*words, len(texts)),
-            np.array([text_hash(text) for text in texts], np.uint64),
+        hashes = np.array([text_hash(text) for text in texts], np.uint64)
+        buckets, owners = map(np.concatenate, zip(*self._grams(texts, word=words, subword=subwords), strict=True))
+        return Counts(buckets, owners, tokens, _sketches(*words, len(texts)), hashes)
+
+    def bag(self, texts: Sequence[str]) -> Array:
+        """How often each bucket occurs, int64 [buckets]."""
+        return sum(
+            (np.bincount(grams, minlength=self.buckets) for grams, _ in self._grams(texts)),
+            np.zeros(self.buckets, np.int64),
         )
+
+    def _grams(self, texts: Sequence[str], **known: tuple[Array, Array] | None) -> Iterator[tuple[Array, Array]]:
+        """Of every granularity buckets of tokens and of pairs, int64, each with their texts."""
+        encoders = {"word": word_ids, "subword": self._subwords, "pieces": self._merges}
+        for kind in self.kinds:
+            encode = encoders[kind]
+            assert encode is not None
+            ids, owner = known.get(kind) or encode(texts)
+            ones, twos, pairs = ngrams(ids, owner, _SALTS[kind])
+            for grams, of in ((ones, owner), (twos, pairs)):
+                yield (grams % np.uint64(self.buckets)).view(np.int64), of
+
+    @functools.cached_property
+    def _subwords(self) -> Encoder | None:
+        return None if self.subword is None else encoder(self.subword)
+
+    @functools.cached_property
+    def _merges(self) -> Encoder | None:
+        return None if self.pieces is None else Merges(self.pieces)
 
 
 def mix(x: Array) -> Array:
     """A 64-bit finalizer (splitmix64's): every input bit moves every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(x ^ (x >> np.uint64(31)))
+    mixed = np.array(x)
+    spare = np.empty_like(mixed)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        np.right_shift(mixed, np.uint64(shift), out=spare)
+        np.bitwise_xor(mixed, spare, out=mixed)
+        if factor > 1:
+            np.multiply(mixed, np.uint64(factor), out=mixed)
+    return mixed
 
 
 def ngrams(ids: Array, owner: Array, salt: np.uint64) -> tuple[Array, Array, Array]:
@@ -113,13 +128,6 @@ def ngrams(ids: Array, owner: Array, salt: np.uint64) -> tuple[Array, Array, Arr
         inside = np.flatnonzero(owner[1:] == owner[:-1])
         twos = mix(ones[inside] * _GOLDEN + ones[inside + 1])
     return ones, twos, owner[inside]
-
-
-def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Array, Array]:
-    """Token ids uint64 [n] of all texts, and the text [n] each belongs to."""
-    rows = [row.ids for row in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-    ids = np.fromiter(itertools.chain.from_iterable(rows), np.uint64, sum(map(len, rows)))
-    return ids, np.repeat(np.arange(len(rows)), [len(row) for row in rows])
 
 
 def word_ids(texts: Sequence[str]) -> tuple[Array, Array]:
@@ -134,12 +142,9 @@ def word_ids(texts: Sequence[str]) -> tuple[Array, Array]:
     starts = np.flatnonzero(first)
     if not len(starts):
         return np.empty(0, np.uint64), np.empty(0, np.int64)
-    held = np.flatnonzero(kinds)
-    place = held - starts[np.cumsum(first)[held] - 1]
-    with np.errstate(over="ignore"):
-        powers = np.cumprod(np.concatenate(([np.uint64(1)], np.full(int(place.max()), _PRIME))), dtype=np.uint64)
-        values = (data[held].astype(np.uint64) + np.uint64(1)) * powers[place]
-        hashes = np.add.reduceat(values, np.flatnonzero(place == 0))
+    held = kinds != 0
+    inside = data[held]
+    hashes = polynomial(inside, np.cumsum(held)[starts] - 1)
     ends = np.cumsum([len(row) + 1 for row in raw])
     return hashes, np.searchsorted(ends, starts, side="right")
 
@@ -161,9 +166,11 @@ def _sketches(words: Array, owner: Array, texts: int) -> Array:
     ones, twos, pairs = ngrams(words, owner, np.uint64(0))
     alone = np.bincount(pairs, minlength=texts) == 0  # a text of one word
     keep = alone[owner]
-    hashes, of = np.concatenate([twos, ones[keep]]), np.concatenate([pairs, owner[keep]])
-    order = np.argsort(of, kind="stable")
-    hashes, of = hashes[order], of[order]
+    hashes, of = twos, pairs
+    if keep.any():
+        hashes, of = np.concatenate([twos, ones[keep]]), np.concatenate([pairs, owner[keep]])
+        order = np.argsort(of, kind="stable")
+        hashes, of = hashes[order], of[order]
     result = np.zeros((texts, SKETCH), np.uint8)
     if len(of):
         starts = np.flatnonzero(np.concatenate(([True], of[1:] != of[:-1])))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from calib.data.features import BUCKETS, KINDS, SKETCH, Array, Features, learn_pieces, text_hash
@@ -28,7 +29,7 @@ SPREAD = 4  # effective sample size over what is drawn
 ALIKE = 12 / SKETCH  # of two sketches' bytes: texts that repeat each other
 _RECORD = np.dtype([("score", "<f8"), ("hash", "<u8"), ("tokens", "<u4"), ("mass", "<u4"), ("sketch", "u1", SKETCH)])
 _BATCH = 1 << 19  # characters counted at once
-_COUNTED = 1 << 26  # bytes of the pool that its distribution is estimated from
+_COUNTED = 1 << 24  # bytes of the pool that its distribution is estimated from: thousands of n-grams a bucket
 _TARGET = 1 << 24  # characters of the target that are read
 _CHUNK = 1 << 20  # records held at once
 _BINS = 1 << 16
@@ -146,7 +147,7 @@ def select(
         unit = "tokens" if pack else "texts"
         warnings.warn(f"the pool gives {draw.drawn} of {total} {unit} without repeating itself", stacklevel=2)
     chosen_bag, even_bag = (
-        sum(map(_Bag(counter), _batches(texts)), np.zeros(buckets, np.int64))
+        sum(map(counter.bag, _batches(texts)), np.zeros(buckets, np.int64))
         for texts in ([row["text"] for row in rows], sample)
     )
     report = {
@@ -228,16 +229,6 @@ def _descending(records: Array, key_of: Callable[[Array], Array]) -> Iterator[in
 
 
 @dataclass(frozen=True)
-class _Bag:
-    """Work of the first pass: a batch's n-gram counts [buckets]."""
-
-    counter: Features
-
-    def __call__(self, texts: list[str]) -> Array:
-        return np.bincount(self.counter.count(texts).buckets, minlength=self.counter.buckets)
-
-
-@dataclass(frozen=True)
 class _Scores:
     """Work of the second pass: a batch's records."""
 
@@ -261,7 +252,7 @@ def _count(pool: Pool, counter: Features, processes: int, bar: tqdm) -> Array:
     texts = (piece.text for piece in pool.pieces())
     kept = texts if rate == 1 else (text for text in texts if text_hash(text) % rate == 0)
     bag = np.zeros(counter.buckets, np.int64)
-    for counts in ordered_map(_Bag(counter), _batches(kept), processes):
+    for counts in ordered_map(counter.bag, _batches(kept), processes):
         bag += counts
     if not bag.any():
         skipped = ", ".join(f"{count} {reason}" for reason, count in pool.skipped.items())
@@ -360,9 +351,13 @@ def _within(pool: Pool) -> Iterator[str]:
 
 
 def _fast(tokenizer: Any) -> Any:
-    """The Rust tokenizer inside a transformers one."""
+    """The Rust tokenizer inside a transformers one, of whole texts: some files say how to cut and pad them."""
     if tokenizer is None:
         return None
     if (fast := getattr(tokenizer, "backend_tokenizer", None)) is None:
         raise InputError(f"{type(tokenizer).__name__} is a slow tokenizer", "use one with a tokenizer.json")
+    if fast.truncation or fast.padding:
+        fast = Tokenizer.from_str(fast.to_str())
+        fast.no_truncation()
+        fast.no_padding()
     return fast

@@ -2,17 +2,23 @@
 
     python -m experiments.sampling.run purity               # what the chosen windows are made of
     python -m experiments.sampling.run lowrank              # whitened low rank of one block, held-out output error
-    python -m experiments.sampling.run loss --only os+      # quantize SmolLM2-135M, loss on and off the target
+    python -m experiments.sampling.run loss                 # quantize a small Llama, loss on and off the target
+    python -m experiments.sampling.run loss-smollm2         # the same for SmolLM2-135M: about a minute a cell
+    python -m experiments.sampling.run figure               # of what there is
 
 The pool mixes WikiText-2, GSM8K, MBPP and SST-2 texts, shuffled anew for every draw; a target is maths (GSM8K), code
 (MBPP) or reviews (SST-2). Examples of a target, pool and evaluation windows are disjoint: the first two come from
 train parts, the last from test parts. Finished cells are kept in results-<part>.json and skipped on the next run.
+
+The small Llama (0.8 million parameters, stories260k's tokenizer) is trained here on the train parts of all four, once
+for about ten minutes, and kept in out/: large enough to have domains, small enough to be quantized 165 times.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import random
 import statistics
@@ -23,95 +29,105 @@ from typing import Any
 
 import torch
 import transformers
+from scipy import stats
 from torch import Tensor, nn
 
 import calib
-from calib.data import TokenData, calibration_data, generate_windows, read_documents, read_labelled, select
+from calib.data import TokenData, calibration_data, generate_windows, select
 from calib.evaluate import perplexity
-from model_zoo.sources import load_model, resolve
+from experiments.recovery import small_llama
+from experiments.sampling.figure import Panel, plot
+from experiments.sampling.text import DATA, TARGETS, draw_texts, texts, until
+from model_zoo.sources import load_model, load_tokenizer, resolve
 
 HERE = Path(__file__).parent
-DATA = HERE.parents[2] / "shared/data"
 MODEL = "smollm2-135m"
-TARGETS = ("maths", "code", "reviews")
-WINDOWS, LENGTH, HELD_OUT = 16, 256, 10
-EXAMPLES = 24_000  # characters of a target
-POOL = {"maths": 250_000, "code": 90_000, "reviews": 250_000, "wiki": 450_000}  # characters; code is all there is
+SMALL, STEPS = "small-llama", 2000
+SIZES = {"purity": (16, 256, 0), "lowrank": (16, 256, 10), "loss": (16, 128, 32), "loss-smollm2": (16, 128, 8)}
+TRAINING = {**dict.fromkeys((*TARGETS, "wiki"), 2_500_000), "code": 500_000}  # characters; of code four times all
 FEATURES = {"granular": None, "single": ["word"], "subword": ["subword"], "pieces": ["pieces"]}
 ARMS = ("oracle", "granular", "single", "random", "wrong", "self")
+FEATURE_NAMES = {"granular": "all three", "single": "words", "subword": "subwords", "pieces": "pieces"}
+ARM_NAMES = {"oracle": "target itself", "single": "words alone", "wrong": "wrong target", "self": "model's own"}
+PAIRS = (
+    ("wrong", "oracle"),
+    ("granular", "oracle"),
+    ("granular", "single"),
+    ("granular", "random"),
+    ("self", "random"),
+)
 CONSUMERS: dict[str, dict[str, Any]] = {  # what calibrates on the windows: one line each
-    "os+": {"scheme": "w8a8-static", "method": "os+"},
+    "os+": {"scheme": "w8a8-static", "method": "os+", "objective": "output"},  # as published, half the time
     "gptq": {"scheme": "w4a16", "method": "gptq"},
+    "low-rank": {"scheme": "none", "method": "low_rank", "keep": 0.5},
 }
 BLOCK, RATIO = 10, 0.5  # of the low-rank part
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 
 
-@functools.cache
-def texts(name: str, split: str) -> list[str]:
-    """The texts of one domain's train or test part."""
-    if name == "maths":
-        rows = map(json.loads, (DATA / f"gsm8k/{split}.jsonl").read_text().splitlines())
-        return [f"{row['question']}\n{row['answer']}" for row in rows]
-    if name == "code":  # tasks 11 to 510 are MBPP's test part
-        rows = map(json.loads, (DATA / "mbpp/mbpp.jsonl").read_text().splitlines())
-        return [f"{r['text']}\n{r['code']}" for r in rows if (11 <= r["task_id"] <= 510) == (split == "test")]
-    if name == "reviews":
-        return read_labelled(DATA / f"sst2/{split}.tsv")[0]
-    text = "\n".join(read_documents(DATA / f"wikitext-2/{split}.txt"))
-    return [part for part in text.split("\n = ") if len(part) > 200]
-
-
-def draw_texts(draw: int) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
-    """Examples of each target, and the shuffled pool."""
-    shuffle = random.Random(draw)
-    examples, pool = {}, []
-    for name in (*TARGETS, "wiki"):
-        mixed = list(texts(name, "train"))
-        shuffle.shuffle(mixed)
-        rest = iter(mixed)
-        if name in TARGETS:
-            examples[name] = list(until(rest, EXAMPLES))
-        pool += [{"text": text, "label": name} for text in until(rest, POOL[name])]
-    shuffle.shuffle(pool)
-    return examples, pool
-
-
-def until(rest: Iterator[str], characters: int) -> Iterator[str]:
-    held = 0
-    while held < characters:
-        held += len(text := next(rest))
-        yield text
+def source(part: str) -> str:
+    """The model of a part of the experiment: a name or a folder."""
+    return str(small_model()) if part == "loss" else MODEL
 
 
 @functools.cache
-def words() -> Any:
-    from model_zoo.sources import load_tokenizer
+def small_model() -> Path:
+    """A folder with the small Llama, trained if need be."""
+    folder = HERE.parents[1] / "out/sampling-llama"
+    if not folder.is_dir():
+        tokenizer = load_tokenizer(resolve(str(DATA.parent / "models/stories260k"), progress=False))
+        rows = []
+        for name in (*TARGETS, "wiki"):
+            mixed = list(texts(name, "train"))
+            random.Random(0).shuffle(mixed)
+            ids = tokenizer("\n\n".join(until(itertools.cycle(mixed), TRAINING[name])), verbose=False)["input_ids"]
+            rows.append(torch.tensor(ids[: len(ids) // 128 * 128]).view(-1, 128))
+        windows = torch.cat(rows)[torch.randperm(sum(map(len, rows)), generator=torch.Generator().manual_seed(0))]
+        model = small_llama(windows[64:], windows[:64], STEPS, folder)
+        tokenizer.save_pretrained(folder)
+        assert model.config.vocab_size == len(tokenizer)
+    return folder
 
-    return load_tokenizer(resolve(MODEL, progress=False))
+
+@functools.cache
+def words(part: str) -> Any:
+    return load_tokenizer(resolve(source(part), progress=False))
 
 
-def choose(draw: int, target: str, features: list[str] | None, uniform: float = 0.0) -> Any:
+def choose(part: str, draw: int, target: str, features: list[str] | None, uniform: float = 0.0) -> Any:
     examples, pool = draw_texts(draw)
-    given = {"windows": WINDOWS, "seq_len": LENGTH, "uniform": uniform, "seed": draw, "features": features}
-    return select(pool, examples[target], words(), **given)
+    windows, length, _ = SIZES[part]
+    given = {"windows": windows, "seq_len": length, "uniform": uniform, "seed": draw, "features": features}
+    return select(pool, examples[target], words(part), **given)
 
 
-def arm_windows(arm: str, target: str, draw: int) -> TokenData:
+def arms() -> Iterator[tuple[str, str]]:
+    """(target, arm) of every calibration there is: `random` and `self` know no target, `wrong` is another's oracle."""
+    for arm in ("oracle", "random", "granular", "single", "self"):
+        for target in TARGETS[:1] if arm in ("random", "self") else TARGETS:
+            yield target, arm
+
+
+def cell_of(target: str, arm: str) -> str:
+    """Where the model of an arm is kept that is judged on a target."""
+    if arm in ("random", "self"):
+        target = TARGETS[0]
+    if arm == "wrong":
+        target, arm = TARGETS[(TARGETS.index(target) + 1) % len(TARGETS)], "oracle"
+    return f"{target}/{arm}"
+
+
+@functools.lru_cache(maxsize=2)
+def arm_windows(part: str, target: str, arm: str, draw: int) -> TokenData:
     """The calibration windows of one arm."""
-    if arm in ("oracle", "wrong"):
-        name = target if arm == "oracle" else TARGETS[(TARGETS.index(target) + 1) % len(TARGETS)]
-        data: Any = draw_texts(draw)[0][name]
+    windows, length, _ = SIZES[part]
+    if arm == "oracle":
+        data: Any = draw_texts(draw)[0][target]
     elif arm == "self":
-        data = generate_windows(load_model(MODEL, progress=False)[0], words(), WINDOWS, LENGTH, draw)
+        data = generate_windows(load_model(source(part), progress=False)[0], words(part), windows, length, draw)
     else:
-        data = choose(draw, target, FEATURES.get(arm), uniform=float(arm == "random")).texts
-    return calibration_data(data, words(), WINDOWS, LENGTH, draw)
-
-
-@functools.cache
-def held_out(target: str) -> TokenData:
-    return calibration_data(texts(target, "test"), words(), HELD_OUT, LENGTH)
+        data = choose(part, draw, target, FEATURES.get(arm), uniform=float(arm == "random")).texts
+    return calibration_data(data, words(part), windows, length, draw)
 
 
 # ---- purity ---------------------------------------------------------------------------------------------------------
@@ -125,7 +141,7 @@ def purity_cells(draws: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]
 
 
 def purity(target: str, name: str, draw: int) -> dict[str, Any]:
-    report = choose(draw, target, FEATURES[name]).report
+    report = choose("purity", draw, target, FEATURES[name]).report
     share = report["labels"][f"given data: {target}"]
     kept = ("effective_sample_size", "tau", "kl_target_even", "kl_target_chosen", "chosen", "near_duplicates")
     return {"purity": share["importance"], "base": share["pool"], **{key: report[key] for key in kept}}
@@ -135,10 +151,9 @@ def purity(target: str, name: str, draw: int) -> dict[str, Any]:
 
 
 def lowrank_cells(draws: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    for arm in ("oracle", "random", "granular", "single", "self"):  # wrong: another target's oracle, from its cell
-        for draw in range(1, draws + 1):
-            for target in TARGETS[:1] if arm in ("random", "self") else TARGETS:  # those two know no target
-                yield f"{target}/{arm}/{draw}", functools.partial(low_rank, target, arm, draw)
+    for draw in range(1, draws + 1):
+        for target, arm in arms():
+            yield f"{target}/{arm}/{draw}", functools.partial(low_rank, target, arm, draw)
 
 
 @functools.cache
@@ -168,13 +183,14 @@ def moments(data: TokenData) -> dict[str, Tensor]:
 
 @functools.cache
 def held_out_moments(target: str) -> dict[str, Tensor]:
-    return moments(held_out(target))
+    _, length, windows = SIZES["lowrank"]
+    return moments(calibration_data(texts(target, "test"), words("lowrank"), windows, length))
 
 
 def low_rank(target: str, arm: str, draw: int) -> dict[str, Any]:
     """Output error of W cut to RATIO of its parameters in the metric of the arm's inputs, on each target's own."""
     errors = {name: [] for name in TARGETS}
-    found = moments(arm_windows(arm, target, draw))
+    found = moments(arm_windows("lowrank", target, arm, draw))
     for linear in LINEARS:
         weight = front().layers[BLOCK].get_submodule(linear).weight.detach().double()
         rank = int(RATIO * weight.numel() / sum(weight.shape))
@@ -192,78 +208,149 @@ def low_rank(target: str, arm: str, draw: int) -> dict[str, Any]:
 # ---- loss of the quantized model ------------------------------------------------------------------------------------
 
 
-def loss_cells(draws: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    yield "float", functools.partial(losses, None)
+def loss_cells(draws: int, part: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    yield "float", functools.partial(losses, part, None)
     for draw in range(1, draws + 1):
-        for target in TARGETS:
+        for target, arm in arms():
             for consumer in CONSUMERS:
-                for arm in ARMS:
-                    work = functools.partial(quantized_losses, consumer, target, arm, draw)
-                    yield f"{consumer}/{target}/{arm}/{draw}", work
+                work = functools.partial(quantized_losses, part, consumer, target, arm, draw)
+                yield f"{consumer}/{target}/{arm}/{draw}", work
 
 
-def losses(model: nn.Module | None) -> dict[str, float]:
+def losses(part: str, model: nn.Module | None) -> dict[str, float]:
     """Mean loss, nats a token, on each target's held-out windows."""
-    network = load_model(MODEL, progress=False)[0] if model is None else model
-    return {
-        name: float(perplexity(network, words(), "\n\n".join(texts(name, "test")), HELD_OUT, LENGTH).outputs.mean())
-        for name in TARGETS
-    }
+    network = load_model(source(part), progress=False)[0] if model is None else model
+    _, length, windows = SIZES[part]
+    found = {}
+    for name in TARGETS:
+        text = "\n\n".join(until(itertools.cycle(texts(name, "test")), 8 * windows * length))
+        found[name] = float(perplexity(network, words(part), text, windows, length).outputs.mean())
+    return found
 
 
-def quantized_losses(consumer: str, target: str, arm: str, draw: int) -> dict[str, float]:
-    data = list(arm_windows(arm, target, draw))
-    sizes = {"samples": WINDOWS, "seq_len": LENGTH, "seed": draw}
-    return losses(calib.quantize(MODEL, data=data, progress=False, **sizes, **CONSUMERS[consumer]).model)
+def quantized_losses(part: str, consumer: str, target: str, arm: str, draw: int) -> dict[str, float]:
+    data = list(arm_windows(part, target, arm, draw))
+    windows, length, _ = SIZES[part]
+    sizes = {"samples": windows, "seq_len": length, "seed": draw, "progress": False, "report": False}
+    return losses(part, calib.quantize(source(part), data=data, **sizes, **CONSUMERS[consumer]).model)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], scale: float = 1.0, digits: int = 3) -> str:
     if not values:
         return "not run"
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{deviation} (n={len(values)})"
+    deviation = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{scale * statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def purity_table(cells: dict[str, Any]) -> None:
+    """Share of the chosen tokens that is the target's: mean ± standard deviation over draws, and the lowest."""
+    print("| target | of the pool | " + " | ".join(FEATURE_NAMES.values()) + " |\n|---|---|" + "---|" * len(FEATURES))
     for target in TARGETS:
+        row, bases = [], []
         for name in FEATURES:
             found = [cell for key, cell in cells.items() if key.startswith(f"{target}/{name}/")]
-            if found:
-                base = statistics.fmean(cell["base"] for cell in found)
-                print(f"{target:8s} {name:9s} {spread([c['purity'] for c in found])}  base {base:.3f}")
+            row.append(f"{spread([c['purity'] for c in found])} ({min(c['purity'] for c in found):.3f})")
+            bases += [cell["base"] for cell in found]
+        print(f"| {target} | {statistics.fmean(bases):.3f} | " + " | ".join(row) + " |")
 
 
-def arm_table(cells: dict[str, Any], prefix: str, of: Callable[[str, str, str], str]) -> None:
-    """Mean and spread over draws, on the target and off it (mean of the other two)."""
-    draws = sorted({key.rsplit("/", 1)[1] for key in cells if "/" in key})
-    for target in TARGETS:
-        for arm in ARMS:
-            found = [cells[key] for draw in draws if (key := of(target, arm, draw)) in cells]
-            others = [statistics.fmean(cell[name] for name in TARGETS if name != target) for cell in found]
-            print(f"{prefix}{target:8s} {arm:9s} {spread([c[target] for c in found]):30s} off {spread(others)}")
+def arm_cells(cells: dict[str, Any], prefix: str, target: str, arm: str) -> list[dict[str, float]]:
+    """The cells of an arm, draw after draw."""
+    named = f"{prefix}{cell_of(target, arm)}/"
+    return [cell for key, cell in sorted(cells.items()) if key.startswith(named)]
 
 
-def lowrank_key(target: str, arm: str, draw: str) -> str:
-    if arm in ("random", "self"):
-        target = TARGETS[0]
-    if arm == "wrong":
-        target, arm = TARGETS[(TARGETS.index(target) + 1) % len(TARGETS)], "oracle"
-    return f"{target}/{arm}/{draw}"
+def off_target(cell: dict[str, float], target: str) -> float:
+    return statistics.fmean(cell[name] for name in TARGETS if name != target)
+
+
+def arm_table(cells: dict[str, Any], prefix: str, scale: float, digits: int) -> None:
+    """Mean ± standard deviation over draws above float, on the target / off it (mean of the other two)."""
+    zero = cells.get("float", dict.fromkeys(TARGETS, 0.0))
+    above = {
+        (arm, target): [{t: cell[t] - zero[t] for t in TARGETS} for cell in arm_cells(cells, prefix, target, arm)]
+        for arm in ARMS
+        for target in TARGETS
+    }
+    print(f"\n{prefix.rstrip('/') or 'low rank'}, draws: {sorted({len(found) for found in above.values()})}\n")
+    print("| text | " + " | ".join(TARGETS) + " |\n|---|" + "---|" * len(TARGETS))
+    for arm in ARMS:
+        row = []
+        for target in TARGETS:
+            found = above[arm, target]
+            on, off = [c[target] for c in found], [off_target(c, target) for c in found]
+            row.append(f"{spread(on, scale, digits)} / {spread(off, scale, digits)}")
+        print(f"| {ARM_NAMES.get(arm, arm)} | " + " | ".join(row) + " |")
+    print()
+    for one, other in PAIRS:
+        draws = min(len(above[arm, target]) for arm in (one, other) for target in TARGETS)
+        gaps = [
+            statistics.fmean(above[one, t][draw][t] - above[other, t][draw][t] for t in TARGETS)
+            for draw in range(draws)
+        ]
+        if len(gaps) > 1:
+            half = float(stats.t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / len(gaps) ** 0.5
+            mean, names = statistics.fmean(gaps), (ARM_NAMES.get(one, one), ARM_NAMES.get(other, other))
+            print(f"- {names[0]} less {names[1]}: {scale * mean:+.{digits}f} ± {scale * half:.{digits}f}")
+
+
+def panels() -> list[Panel]:
+    """Of the figure: on the target, draw by draw."""
+    cells = {
+        part: json.loads(f.read_text())["cells"] for part in SIZES if (f := HERE / f"results-{part}.json").exists()
+    }
+    purity = cells["purity"]
+    found = {
+        shown: {t: [c["purity"] for key, c in purity.items() if key.startswith(f"{t}/{name}/")] for t in TARGETS}
+        for name, shown in FEATURE_NAMES.items()
+    }
+    drawn = [Panel("What n-grams find in a pool", "share of the chosen that is the target's", found, zero=False)]
+    names = {arm: ARM_NAMES.get(arm, arm) for arm in ARMS}
+    lost = {
+        shown: {t: [c[t] for c in arm_cells(cells["lowrank"], "", t, arm)] for t in TARGETS}
+        for arm, shown in names.items()
+    }
+    drawn.append(
+        Panel(f"{MODEL}, block {BLOCK}: low rank, {RATIO} of weights", "relative output error on the target", lost)
+    )
+    for part, model in (("loss", "small Llama"), ("loss-smollm2", MODEL)):
+        for consumer, options in CONSUMERS.items():
+            of = cells.get(part, {})
+            harm = {
+                shown: {t: [c[t] - of["float"][t] for c in arm_cells(of, f"{consumer}/", t, arm)] for t in TARGETS}
+                for arm, shown in names.items()
+            }
+            if any(values for by_target in harm.values() for values in by_target.values()):
+                name = f"{model}: {consumer}, " + (
+                    f"{options['keep']} of weights" if "keep" in options else options["scheme"]
+                )
+                drawn.append(Panel(name, "loss on the target above float's (nats)", harm))
+    return drawn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=["purity", "lowrank", "loss"])
+    parser.add_argument("part", choices=[*SIZES, "figure"])
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--only", default="", help="run the cells whose name holds this")
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
+    if args.part == "figure":
+        plot(
+            panels(),
+            HERE / "figure.png",
+            "Which text calibrates a model? A dot is a draw of pool and examples, a bar their mean",
+        )
+        return
     file = HERE / f"results-{args.part}.json"
-    settings = {"windows": WINDOWS, "length": LENGTH, "held_out": HELD_OUT, "model": MODEL, "block": BLOCK}
+    windows, length, held_out = SIZES[args.part]
+    settings = {"windows": windows, "length": length, "held_out": held_out, "model": MODEL, "block": BLOCK}
+    if args.part == "loss":
+        settings |= {"model": SMALL, "steps": STEPS}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "calib": calib.__version__}
     results: dict[str, Any] = {"settings": settings, "versions": versions, "cells": {}}
 
@@ -271,7 +358,10 @@ def main() -> None:
         return json.loads(file.read_text()) if file.exists() else results
 
     results = stored()
-    cells = {"purity": purity_cells, "lowrank": lowrank_cells, "loss": loss_cells}[args.part](args.draws)
+    if args.part == "purity":
+        cells = purity_cells(args.draws)
+    else:
+        cells = lowrank_cells(args.draws) if args.part == "lowrank" else loss_cells(args.draws, args.part)
     for name, work in cells:
         if args.table or name in results["cells"] or args.only not in name:
             continue
@@ -284,10 +374,10 @@ def main() -> None:
     if args.part == "purity":
         purity_table(results["cells"])
     elif args.part == "lowrank":
-        arm_table(results["cells"], "", lowrank_key)
+        arm_table(results["cells"], "", 100, 2)  # percent
     else:
         for consumer in CONSUMERS:
-            arm_table(results["cells"], f"{consumer} ", lambda t, a, d, c=consumer: f"{c}/{t}/{a}/{d}")
+            arm_table(results["cells"], f"{consumer}/", 1000, 1)  # thousandths of a nat
 
 
 if __name__ == "__main__":
