@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import calib
 from calib import auto
@@ -35,6 +37,26 @@ def test_the_least_held_out_loss_wins_and_each_trial_is_reported() -> None:
     assert [t["method"] for t in trials] == [c.method for c in auto.candidates(scheme("w4a8-static"))]
     assert ",".join(result.recipe.methods) == best["method"]
     assert any(note.startswith("auto: ") and best["method"] in note for note in result.plan.notes)
+
+
+def deep() -> torch.nn.Module:
+    config = build("llama").config
+    config.num_hidden_layers = 4
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def test_a_deep_model_is_tried_on_some_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "TRIAL_BLOCKS", 2)
+    few = auto.fewer_blocks(scheme("w8a8"), deep())
+    tried = [n for n in range(4) if not re.search(few.exclude[0], f"model.layers.{n}.mlp.down_proj")]
+    assert tried == [0, 3]
+    excluding = scheme("w8a8", exclude=("layers.1",))
+    assert auto.fewer_blocks(excluding, deep()) is excluding
+    assert auto.fewer_blocks(scheme("w8a8"), build("llama")).exclude == ()
+    result = calib.quantize(deep(), "w8a8-static", data=batches("llama", 6), progress=False)
+    assert all(trial["loss"] is not None for trial in result.report["auto"])
+    assert len(result.plan.quantized()) == 4 * 7, "the run itself takes all"
 
 
 def test_held_out_rows_take_no_part_in_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
