@@ -103,6 +103,14 @@ def load_model(
     return network, tokenizer if tokenizer is not None else found, store, why
 
 
+def tokenizer_of(model: Model) -> Any:
+    """The tokenizer of a model with files, None where it has none."""
+    from model_zoo import sources
+
+    assert not isinstance(model, nn.Module)
+    return sources.load_tokenizer(sources.resolve(model, progress=False))
+
+
 def too_large(model: Model) -> str:
     """Why a model cannot be tried out in memory, beside a copy of itself; empty where it can."""
     if isinstance(model, nn.Module):

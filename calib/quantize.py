@@ -92,6 +92,7 @@ def quantize(
     prepare.join_ranks(model, out, place)
     progress = progress and ranks.rank() == 0
     training = basel_of(recipe)
+    own = tokenizer is None
     with _timed(seconds, "load"):
         whole = training is not None or prepare.is_self(data)  # the model runs as a whole before it is quantized
         network, tokenizer, store, resident = prepare.load_model(
@@ -126,6 +127,9 @@ def quantize(
             prepare.forget_training(out)
         return result
 
+    if own and store.streamed:  # a vocabulary takes as much memory as two small blocks: it is read again to be saved
+        tokenizer = None
+        release_pages()
     journal, shards = None, None
     if out is not None and not isinstance(model, nn.Module):
         journal = open_journal(out, prepare.fingerprint(model, recipe, tokens, dtype, place), anew=overwrite)
@@ -169,6 +173,8 @@ def quantize(
             with _timed(seconds, "quality"):
                 found["quality"] = held.quality(network)
             release_pages()
+        if own and store.streamed:
+            tokenizer = prepare.tokenizer_of(model)
         seconds |= outcome.seconds | {"total": time.perf_counter() - started}
         result = Result(network, tokenizer, found, seconds, tokens, recipe=recipe, plan=plan, about=about)
         result.pictures, result.peak_rss_mib = outcome.pictures, peak_rss_mib()
