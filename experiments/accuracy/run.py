@@ -20,7 +20,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Arm:
 
 
 PLAIN: dict[str, Any] = {"prefix": "none", "sites": FOLDS}  # as published: folds only, no prefix
+TAPPED: dict[str, Any] = {**PLAIN, "sites": (*FOLDS, "fused")}  # behind a post-norm a tap takes the fold's place
 ON: dict[str, Any] = {"prefix": "on"}
 MORE = {"samples": 64}  # static ranges and learned rounding gain from more data; half of calib's own default
 LEARNED: dict[str, Any] = {**ON, "refine": 40, "batch_size": 2}  # rounding and clipping, by each block's output
@@ -75,7 +76,7 @@ BOTH = [
     Arm("os+, scale only", "os+", {**PLAIN, "shift": False}, more=True),
     Arm("os+, norms only", "os+", {**PLAIN, "sites": ("norm",)}, more=True),
     Arm("os+, linear objective", "os+", {**PLAIN, "objective": "output"}, more=True),
-    Arm("os+, fused", "os+", {"prefix": "none", "sites": (*FOLDS, "fused")}, more=True),
+    Arm("os+, fused", "os+", TAPPED, more=True),
     Arm("os+, prefix", "os+", ON, more=True),
     Arm("hadamard,os+, prefix", "hadamard,os+", ON),
     Arm("rotate,os+, prefix", "rotate,os+", ON),
@@ -91,12 +92,17 @@ ROUNDED = [
     Arm("rotate,os+,gptq, prefix, learned, 64 windows", "rotate,os+,gptq", {**LEARNED, **MORE}, more=True),
 ]
 SAMPLES = [Arm(f"os+, {n} samples", "os+", {**PLAIN, "samples": n}, more=True) for n in (1, 4, 16, 128)]
+EXACT = Arm("os+, exact folds", "os+", PLAIN)  # of a post-norm encoder: where no tap is needed
 
 
-def arms(scheme: str) -> list[Arm]:
+def arms(scheme: str, encoder: bool) -> list[Arm]:
     if scheme.endswith("a16"):
         return WEIGHT_ONLY
-    return [*BOTH[:-1], *(ROUNDED if not scheme.startswith("w8") else SAMPLES), BOTH[-1]]
+    found = [*BOTH[:-1], *(ROUNDED if not scheme.startswith("w8") else SAMPLES), BOTH[-1]]
+    if not encoder:
+        return found
+    found = [replace(arm, options=arm.options | TAPPED) if arm.options.get("sites") == FOLDS else arm for arm in found]
+    return [EXACT if arm.name == "os+, fused" else arm for arm in found]
 
 
 SCHEMES = ("w8a8-static", "w8a8", "w6a6-static", "w6a6", "w4a8-static", "w4a8", "w4a4-static", "w4a4", "w4a16", "w3a16")
@@ -149,11 +155,12 @@ class Driver:
     measure: Callable[[calib.Result | None], dict[str, Any]]
     key: str
     auto: dict[str, Any] = field(default_factory=dict)  # settings of method auto, where they are others
+    encoder: bool = True
 
 
 DRIVERS = {
     "smollm2": Driver(
-        "smollm2-135m", WIKITEXT / "valid.txt", {"samples": 32, "seq_len": 512}, smollm2, "perplexity", MORE
+        "smollm2-135m", WIKITEXT / "valid.txt", {"samples": 32, "seq_len": 512}, smollm2, "perplexity", MORE, False
     ),
     "minilm-sst2": Driver(SST2_MODEL, SST2 / "train.tsv", {"samples": 128}, minilm_sst2, "logits_mse"),
     "minilm-stsb": Driver("minilm-l6", STSB / "sts-train.tsv", {"samples": 128}, minilm_stsb, "spearman"),
@@ -193,7 +200,7 @@ def run(name: str, args: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "calib": calib.__version__},
     }
-    wanted = [(scheme, arm) for scheme in SCHEMES for arm in arms(scheme) if args.all or not arm.more]
+    wanted = [(scheme, arm) for scheme in SCHEMES for arm in arms(scheme, driver.encoder) if args.all or not arm.more]
     for scheme, arm in [("float", None), *wanted]:
         label = "float" if arm is None else f"{scheme}, {arm.name}, seed {args.seed}"
         asked = not args.only or label == "float" or any(label.startswith(part) for part in args.only.split(";"))
@@ -213,7 +220,7 @@ def rows(name: str) -> list[tuple[str, str, list[float], float]]:
     cells = [c for c in stored(HERE / f"results-{name}.json")["cells"].values() if "scheme" in c]
     out = []
     for scheme in SCHEMES:
-        for arm in arms(scheme):
+        for arm in arms(scheme, DRIVERS[name].encoder):
             same = [c for c in cells if (c["scheme"], c["arm"]) == (scheme, arm.name)]
             if same:
                 out.append((scheme, arm.name, [c[key] for c in same], statistics.mean(c["cpu_seconds"] for c in same)))
