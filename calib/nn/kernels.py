@@ -21,7 +21,7 @@ from torch import Tensor
 
 from calib.nn.codes import Codes, fingerprint, quantize_for
 from calib.nn.together import FEW, Finish, Product, Reader, read
-from calib.quantizers import AffineSpec, LevelSpec
+from calib.quantizers import AffineSpec, DualBinarySpec, LevelSpec
 from calib.quantizers.product import LONGEST, PROBES, inexact, int_mm, int_mm_refusal
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def describe() -> dict[str, str]:
         "w8a8": integer(8, f"u8 activations, scale per row afterwards{single}{joint}"),
         "w1..w7, integer activations": integer(7, "weights held as int8 (scales per channel or tensor)"),
         "weights asymmetric, in groups or of two planes": f"{fallback} (the scale changes inside a sum)",
-        "w1..w4 with float activations in groups of one scale, bf16 model": int4 + (f" ({four})" if four else ""),
+        "w1..w4 with float activations in symmetric groups or two planes, bf16 model": int4 + (f" ({four})" if four else ""),
         "float activations otherwise": f"{fallback} (torch's int4 and int8 kernels round to bf16)",
     }
 
@@ -255,8 +255,10 @@ def _fits_int4(module: QuantLinear) -> bool:
     spec = module.weight_spec
     if isinstance(spec, AffineSpec):
         holds = spec.bits == 4 and spec.symmetric
-    else:  # integers in -8..7
-        holds = isinstance(spec, LevelSpec) and (spec.levels <= 8 or not spec.odd)
+    elif isinstance(spec, LevelSpec):  # integers in -8..7
+        holds = spec.levels <= 8 or not spec.odd
+    else:
+        holds = isinstance(spec, DualBinarySpec)
     return (
         holds
         and module.dtype == torch.bfloat16
@@ -268,11 +270,19 @@ def _fits_int4(module: QuantLinear) -> bool:
 
 
 def _int4(module: QuantLinear, reason: str) -> Kernel:
-    """Few bf16 rows on ATen's int4 kernel (it rounds scales where 'fake' rounds weights), the rest tiled."""
+    """Few bf16 rows on ATen's int4 kernel (it rounds scales where 'fake' rounds weights), the rest tiled.
+
+    Two planes lie side by side there, and the input before each: one sum.
+    """
     quantizer, out, columns, matmul = module.input, module.out_features, module.in_features, _tiled(module)
-    codes, scale, group = _integers(module), module.weight_scale.float(), module.weight_spec.group_size
+    scale, group, planes = module.weight_scale.float(), module.weight_spec.group_size, 1
     bias = None if module.bias is None else module.bias.to(torch.bfloat16)
     assert group is not None
+    if isinstance(module.weight_spec, DualBinarySpec):
+        codes, planes = module.codes(), 2
+        codes, scale = torch.cat([codes & 1, (codes + 2) >> 1], dim=1), torch.cat([scale[..., 0], scale[..., 1]], dim=1)
+    else:
+        codes = _integers(module)
     multiply = _int4_product(codes, scale.view(out, -1), group)
 
     @torch.no_grad()
@@ -280,7 +290,7 @@ def _int4(module: QuantLinear, reason: str) -> Kernel:
         rows = quantizer(x).reshape(-1, columns)
         if x.dtype != torch.bfloat16 or not 0 < len(rows) <= INT4_ROWS:
             return matmul(rows).view(*x.shape[:-1], out)
-        y = multiply(rows)
+        y = multiply(rows if planes == 1 else rows.repeat(1, planes))
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], out)
 
     return _named(run, "int4pack", reason)
