@@ -72,7 +72,7 @@ def describe() -> dict[str, str]:
         "w8a8": integer(8, f"u8 activations, scale per row afterwards{single}{joint}"),
         "w1..w7, integer activations": integer(7, "weights held as int8 (scales per channel or tensor)"),
         "weights asymmetric, in groups or of two planes": f"{fallback} (the scale changes inside a sum)",
-        "w1..w4 with float activations in symmetric groups or two planes, bf16 model": int4 + (f" ({four})" if four else ""),
+        "w1..w4, float activations, symmetric groups or two planes, bf16 model": int4 + (f" ({four})" if four else ""),
         "float activations otherwise": f"{fallback} (torch's int4 and int8 kernels round to bf16)",
     }
 
