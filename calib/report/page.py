@@ -30,13 +30,19 @@ def page(report: Report) -> str:
     sites = {site["name"]: site for site in report["sites"]}
     sections = _quantized if report["kind"] == "quantize" else _inspected
     body = "\n".join([*sections(report, sites, blocks), _provenance(report)])
-    title = f"{report['model']['name']} · calib {report['kind']}"
+    title = f"{_called(report)} · calib {report['kind']}"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
+
+
+def _called(report: Report) -> str:
+    """The model's name; of a folder given by its whole path, the last part."""
+    name = str(report["model"]["name"])
+    return name.rstrip("/").rpartition("/")[2] or name if name.startswith(("/", "~", ".")) else name
 
 
 def _quantized(report: Report, sites: Sites, blocks: Sequence[str]) -> list[str]:
@@ -48,7 +54,7 @@ def _quantized(report: Report, sites: Sites, blocks: Sequence[str]) -> list[str]
     )
     cells = "".join(f'<div class="tile"><b>{_text(a)}</b><span>{_text(b)}</span></div>' for a, b in tiles(report))
     return [
-        f"<h1>{_text(report['model']['name'])} in {_text(report['scheme'])}</h1>",
+        f"<h1>{_text(_called(report))} in {_text(report['scheme'])}</h1>",
         f'<p class="soft">{_text(summary)}</p><div class="tiles">{cells}</div>',
         _story(sites),
         _outliers(report, sites, blocks),
@@ -67,7 +73,7 @@ def _inspected(report: Report, sites: Sites, blocks: Sequence[str]) -> list[str]
         ratios = (number(found["ratio"]), number(found["first_token"]))
         rows.append((site["name"], found["kind"], number(site["absmax_before"]), *ratios, site["fold"] or site["note"]))
     return [
-        f"<h1>Outliers of {_text(report['model']['name'])}</h1>",
+        f"<h1>Outliers of {_text(_called(report))}</h1>",
         f'<p class="soft">{_text(about)}</p>',
         _story(sites),
         _outliers(report, sites, blocks),
