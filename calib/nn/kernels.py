@@ -31,6 +31,7 @@ Operator = Literal["qlinear", "int_mm", "int4"]
 
 TILE = 1 << 20  # weights decoded to float at a time: the tile stays in cache
 INT4_GROUPS = (32, 64, 128, 256)  # what torch's int4 kernel takes, with outputs in multiples of 16
+INT4_BLOCK = 64  # outputs that its packed layout keeps together
 INT4_ROWS = 64  # beyond, decoding the weight once costs less than decoding it for every row
 
 
@@ -298,7 +299,10 @@ def _int4(module: QuantLinear, reason: str) -> Kernel:
 
 def _int4_product(codes: Tensor, scale: Tensor, group: int) -> Callable[[Tensor], Tensor]:
     """bf16 x [M, in] -> x W^T, W of 4-bit codes [out, in] and scales [out, in/group]."""
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
+    packed = torch.empty(codes.shape[0], codes.shape[1] // 2, dtype=torch.uint8)
+    for i in range(0, len(codes), INT4_BLOCK):  # as int32 it is eight times what stays: the heap would keep the holes
+        rows = codes[i : i + INT4_BLOCK].int().add_(8)
+        packed[i : i + INT4_BLOCK] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(rows, 1)
     pairs = torch.stack([scale.t(), torch.zeros_like(scale.t())], dim=-1).to(torch.bfloat16).contiguous()
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, pairs)
 
