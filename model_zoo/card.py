@@ -52,7 +52,7 @@ def markdown(entry: Entry, figures: Mapping[str, Any] | None, built: Path | None
     method = ", ".join(f"`{part}`" for part in entry.method.split(","))
     head = [
         f"# {entry.name}",
-        f"{entry.model} in `{entry.scheme}` by {method}.",
+        f"{entry.model} in `{entry.scheme}` by {method}{_learned(entry)}.",
         f"Source: {entry.source}. Licence of the weights: {entry.licence}.",
     ]
     head += [entry.note] if entry.note else []
@@ -177,3 +177,8 @@ def _spread(values: list[float]) -> str:
 
 def _mib(size: float) -> str:
     return f"{size / 2**20:.1f} MiB"
+
+
+def _learned(entry: Entry) -> str:
+    steps = entry.options.get("refine")
+    return f", rounding and clipping learned in {steps} steps a block" if steps else ""
