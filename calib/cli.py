@@ -231,11 +231,17 @@ def inspect(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(help="Text file, or table of sentences and labels or of pairs and scores.")],
+    data: Annotated[
+        str,
+        typer.Option(help="Text file, table of sentences and labels or of pairs and scores, or lm-eval's task.yaml."),
+    ],
     task: Annotated[
-        str, typer.Option(help="perplexity, classification, similarity, or generation (like the float model's?).")
+        str,
+        typer.Option(help="perplexity, classification, similarity, generation (like the float model's?), or harness."),
     ] = "perplexity",
-    windows: Annotated[int, typer.Option(min=1, help="Perplexity: windows; generation: prompts.")] = 40,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows, or prompts of generation (default: 40); of harness documents.")
+    ] = None,
     seq_len: SeqLen = 512,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Perplexity: windows so far apart, each for its last STRIDE tokens.")
