@@ -168,20 +168,32 @@ def cost(result: calib.Result, arm: Arm) -> dict[str, Any]:
     return {"bits": bits / weights, "stored_bytes": stored, "seconds": round(result.seconds["total"], 1)}
 
 
+MARKS = {"RTN": "x", "searched": "o", "searched + feedback": "s", "+ bias correction": "^", "+ OS+": "D"}
+
+
 def figure(part: str) -> None:
+    """Every arm: a grid is a colour, a way to round a mark."""
     from matplotlib import pyplot
 
     cells = json.loads((HERE / f"results-{part}.json").read_text())["cells"]
     measure = "perplexity" if part == "smollm2" else "logits_mse"
-    _, axes = pyplot.subplots(figsize=(9, 6))
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    colours: dict[str, Any] = {}
     for name, cell in cells.items():
         if "bits" in cell:
-            axes.scatter(cell["bits"], cell[measure])
-            axes.annotate(name, (cell["bits"], cell[measure]), fontsize=6)
-    if "float" in cells and measure in cells["float"]:
-        axes.axhline(cells["float"][measure], linestyle=":", color="black")
-    axes.set(xlabel="bits a weight, scales included", ylabel=measure, yscale="log")
-    pyplot.savefig(HERE / f"size-{part}.png", dpi=150, bbox_inches="tight")
+            grid, way = name.rsplit(", g", 1)[0].rsplit(", ", 1)
+            colour = colours.setdefault(grid, f"C{len(colours)}")
+            axes.scatter(cell["bits"], cell[measure], color=colour, marker=MARKS[way])
+    for grid, colour in colours.items():
+        axes.scatter([], [], color=colour, label=grid)
+    for way, mark in MARKS.items():
+        axes.scatter([], [], color="grey", marker=mark, label=way)
+    if measure in cells.get("float", {}):
+        axes.axhline(cells["float"][measure], linestyle=":", color="black", label="float")
+    label = {"perplexity": "perplexity, WikiText-2 test", "logits_mse": "squared error of the logits, SST-2 test"}
+    axes.set(xlabel="bits a weight, scales included", ylabel=label[measure], yscale="log")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(HERE / f"size-{part}.png", dpi=110, bbox_inches="tight")
 
 
 def main() -> None:
