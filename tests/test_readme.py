@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import calib
 from calib import auto, cli, recipe
 from calib.options import RecipeOptions
 
@@ -120,3 +126,23 @@ def test_marked_command(mark: str) -> None:
         assert any(arguments[0] == "quantize" for arguments in invocations(block))
     else:
         assert "pytest" in block
+
+
+@pytest.mark.slow
+def test_the_packed_model_answers_as_written(byte_tokenizer: Any, tmp_path: Path) -> None:
+    """The snippet that talks to the main command's output, on a small model in its place."""
+    after = README.split("<!-- command: chat -->")
+    assert len(after) == 2 and after[1].lstrip("\n").startswith("```python\n")
+    byte_tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(byte_tokenizer), max_position_embeddings=256, **sizes))
+    calib.quantize(
+        model, "w8a8-static", "os+", out=tmp_path / "out/smollm2-w8a8", tokenizer=byte_tokenizer, samples=4, seq_len=32,
+        progress=False, verified=False, report=False,
+    )  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    code = blocks(after[1], "python")[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip("\n")
