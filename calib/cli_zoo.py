@@ -175,7 +175,7 @@ def export(
 ) -> None:
     """Write an entry's build for another program, verified by that program's loader.
 
-    Example: calib zoo export smollm2-135m-w4a16 --format gguf --out out/smollm2-gguf
+    Example: calib zoo export minilm-l6-sst2-w8a8-static --format onnx --out out/sst2-onnx
     """
     import calib
     from model_zoo import build as builder
@@ -191,6 +191,7 @@ def export(
     try:
         with cli_guard.interruptible():
             if built is None:
+                _refuse(entry, format, weights_only)
                 builder.build(entry, folder, model=model, data=data, measure=False, overwrite=True, progress=not quiet)
             report = calib.convert(folder, format, out, weights_only=weights_only, overwrite=overwrite)
     finally:
@@ -201,6 +202,18 @@ def export(
     if as_json:
         verified = None if report is None else report.as_dict()
         _print_json({"name": name, "out": str(out), "format": format, "verify": verified})
+
+
+def _refuse(entry: Entry, format: str, weights_only: bool) -> None:
+    """Raise InputError for what the format cannot hold of the entry's recipe, before it is built."""
+    import torch
+
+    from calib.export import targets
+
+    recipe = entry.recipe()
+    if weights_only:
+        recipe = recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"inputs": None})})
+    targets.refuse(format, recipe, torch.float32)
 
 
 def _row(entry: Entry) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from calib.errors import CalibError, DataError, InputError, ModelError
 from calib.files import sha256
-from calib.recipe import SCHEMES, Scheme
+from calib.recipe import SCHEMES, Recipe, Scheme
 from calib.recipe import recipe as make_recipe
 from calib.recipe import scheme as make_scheme
 from model_zoo.sources import WHEELS, resolve
@@ -102,10 +102,13 @@ class Entry(_Data):
         if self.method == "auto":
             raise ValueError("an entry names its method; auto would choose anew on every build")
         try:
-            make_recipe(self.formats(), self.method, **dict(self.options))
+            self.recipe()
         except InputError as error:
             raise ValueError(str(error)) from error
         return self
+
+    def recipe(self) -> Recipe:
+        return make_recipe(self.formats(), self.method, **dict(self.options))
 
     def formats(self) -> Scheme:
         return make_scheme(self.scheme, **dict(self.scheme_options))

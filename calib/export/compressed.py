@@ -80,6 +80,8 @@ def refusals(recipe: Recipe, dtype: torch.dtype) -> list[str]:
     reasons = list(dict.fromkeys(reason for weights in formats for reason in _format_reasons(weights, scheme.inputs)))
     if recipe.float_rows:
         reasons.append(FLOAT_ROWS)
+    if recipe.prefix not in ("none", "auto"):
+        reasons.append(PREFIX)
     if scheme.attention is not None or scheme.kv is not None:
         reasons.append(ATTENTION)
     if any(method.partition(":")[0] in ("hadamard", "rotate") for method in recipe.methods):
