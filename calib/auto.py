@@ -238,4 +238,5 @@ def tried(
     records = [trial.as_dict() for trial in trials]
     memory.write(best, records)
     shown = ", ".join(f"{t.candidate.method} {'failed' if t.loss is None else format(t.loss, '.5g')}" for t in trials)
-    return Tried(best, records, f"auto: {best}, by its loss on data held out ({shown})", memory)
+    part = "" if few_blocks is scheme else f" with {TRIAL_BLOCKS} blocks quantized"
+    return Tried(best, records, f"auto: {best}, by its loss{part} on data held out ({shown})", memory)

@@ -268,8 +268,11 @@ def evaluate(
     if task == "generation":
         options = {"prompt_len": max(1, seq_len // 2), "new_tokens": new_tokens}
     options |= {"seq_len": seq_len, "stride": stride} if task == "perplexity" else {}
+    options |= {"limit": windows} if task == "harness" else {}
     answer = cli_eval.evaluate(
-        cli_eval.Measure(task, data, windows, batch_size, mode, _dtype(dtype), not quiet, options), model, against
+        cli_eval.Measure(task, data, windows or cli_eval.WINDOWS, batch_size, mode, _dtype(dtype), not quiet, options),
+        model,
+        against,
     )
     if not quiet or not as_json:
         print(cli_eval.text(answer))

@@ -25,16 +25,21 @@ from calib.export.load import load_pair
 
 TASKS = ("perplexity", "classification", "similarity", "generation", "harness")
 WINDOWS = 40  # unless asked for others
-SQUARES = {"perplexity": "loss_mse", "classification": "logits_mse", "similarity": "cosine_mse"}
+SQUARES = {
+    "perplexity": "loss_mse",
+    "classification": "logits_mse",
+    "similarity": "cosine_mse",
+    "harness": "metric_mse",
+}
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How models are measured. windows: or prompts, or documents; options: further arguments of the task."""
+    """How models are measured. windows: or prompts; options: further arguments of the task."""
 
     task: str
     data: str
-    windows: int | None
+    windows: int
     batch_size: int | None
     mode: str
     dtype: torch.dtype
@@ -53,16 +58,12 @@ class Measure:
         if self.task == "perplexity":
             size = self.batch_size or 4
             return perplexity(
-                network,
-                tokenizer,
-                self.data,
-                self.windows or WINDOWS,
-                batch_size=size,
-                progress=self.progress,
-                **self.options,
+                network, tokenizer, self.data, self.windows, batch_size=size, progress=self.progress, **self.options
             )
         if self.task == "harness":
-            return harness(network, tokenizer, self.data, self.windows, self.batch_size or 8)
+            return harness(
+                network, tokenizer, self.data, batch_size=self.batch_size or 8, progress=self.progress, **self.options
+            )
         kind = classification if self.task == "classification" else similarity
         return kind(network, tokenizer, self.data, self.batch_size or 32, progress=self.progress)
 
@@ -70,12 +71,7 @@ class Measure:
         """What ``against`` writes after prompts, then whether ``name`` writes it too; one of them in memory."""
         size = self.batch_size or 8
         wanted = continuations(
-            *self.opened(against),
-            self.data,
-            self.windows or WINDOWS,
-            batch_size=size,
-            progress=self.progress,
-            **self.options,
+            *self.opened(against), self.data, self.windows, batch_size=size, progress=self.progress, **self.options
         )
         return agreement(self.opened(name)[0], wanted, size, progress=self.progress)
 
@@ -102,7 +98,7 @@ def _against(result: Result, other: Result) -> dict[str, float]:
     found = {"ratio": result.value / other.value} if other.value else {}
     if result.outputs is not None and other.outputs is not None:
         difference = result.outputs.double() - other.outputs.double()
-        found[SQUARES.get(result.task, "mse")] = float(difference.square().mean())
+        found[SQUARES[result.task]] = float(difference.square().mean())
     return found
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
 import warnings
@@ -25,7 +23,7 @@ from calib.evaluate.result import vocabulary
 from calib.export import checkpoint
 from calib.export.files import read_manifest
 from calib.export.load import read_config
-from calib.files import sha256
+from calib.files import digest, sha256
 from calib.model import Plan, Resident, is_finite, to_dtype
 from calib.model.cost import BUDGET, estimate, refuse
 from calib.model.skeleton import known_config
@@ -195,8 +193,7 @@ def check_source(folder: Path, model: str | os.PathLike[str]) -> None:
 
 def training_folder(out: str | os.PathLike[str], about: dict[str, Any]) -> Path:
     """Where the run that ``about`` describes keeps its training's state: another's is never found."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
-    return _training_folders(out) / digest[:16]
+    return _training_folders(out) / digest(about)[:16]
 
 
 def forget_training(out: str | os.PathLike[str]) -> None:

@@ -92,7 +92,7 @@ def quantize(
     prepare.join_ranks(model, out, place)
     progress = progress and ranks.rank() == 0
     training = basel_of(recipe)
-    own = tokenizer is None
+    own_tokenizer = tokenizer is None
     with _timed(seconds, "load"):
         whole = training is not None or prepare.is_self(data)  # the model runs as a whole before it is quantized
         network, tokenizer, store, resident = prepare.load_model(
@@ -127,7 +127,8 @@ def quantize(
             prepare.forget_training(out)
         return result
 
-    if own and store.streamed:  # a vocabulary takes as much memory as two small blocks: it is read again to be saved
+    reread = own_tokenizer and store.streamed
+    if reread:  # a vocabulary takes as much memory as two small blocks: it is read again to be saved
         tokenizer = None
         release_pages()
     journal, shards = None, None
@@ -173,7 +174,7 @@ def quantize(
             with _timed(seconds, "quality"):
                 found["quality"] = held.quality(network)
             release_pages()
-        if own and store.streamed:
+        if reread:
             tokenizer = prepare.tokenizer_of(model)
         seconds |= outcome.seconds | {"total": time.perf_counter() - started}
         result = Result(network, tokenizer, found, seconds, tokens, recipe=recipe, plan=plan, about=about)

@@ -162,6 +162,11 @@ class Recipe(_Data):
     def truncates(self) -> bool:
         return self.keep is not None or self.max_size is not None
 
+    @property
+    def prefixes(self) -> bool:
+        """Whether a prefix is asked for, not only allowed where one is needed."""
+        return self.prefix not in ("none", "auto")
+
     @field_validator("methods")
     @classmethod
     def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:

@@ -80,8 +80,11 @@ def test_the_command_pairs_two_models(task: Path, byte_tokenizer, tmp_path: Path
         small(seed, len(byte_tokenizer)).save_pretrained(tmp_path / f"m{seed}")
         byte_tokenizer.save_pretrained(tmp_path / f"m{seed}")
     arguments = ["eval", str(tmp_path / "m0"), "--task", "harness", "--data", str(task), "--json", "-q"]
+    capsys.readouterr()  # transformers' own bars
     assert cli.run([*arguments, "--against", str(tmp_path / "m1")]) == 0
-    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = capsys.readouterr()
+    answer = json.loads(printed.out.splitlines()[-1])
+    assert "it/s" not in printed.err, "quiet"
     assert answer["task"] == "harness" and answer["n"] == 20 and "paired" in answer and answer["ci95"]
 
 

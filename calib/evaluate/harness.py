@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
 import statistics
@@ -15,9 +17,8 @@ import yaml
 from torch import nn
 
 from calib.errors import DataError, InputError
-from calib.evaluate.result import Result, evaluating, peak_rss_mib
+from calib.evaluate.result import Z95, Result, evaluating, peak_rss_mib
 
-_Z = 1.959964  # 97.5 % quantile of the normal distribution
 FILES = ("json", "csv", "parquet", "text")  # of datasets' loaders, those that read files
 
 
@@ -27,6 +28,8 @@ def harness(
     task: str | os.PathLike[str],
     limit: int | None = None,
     batch_size: int = 8,
+    *,
+    progress: bool = False,
 ) -> Result:
     """The first metric of a task's ``metric_list`` (default: acc), mean over its documents, at most ``limit`` of them.
 
@@ -37,16 +40,18 @@ def harness(
     start = time.perf_counter()
     config = read_task(Path(task))
     try:
+        from jinja2 import TemplateError
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise InputError("task harness runs lm-eval, which is not installed", "pip install 'calib[eval]'") from error
     name = config["task"]
-    with evaluating(model):
+    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())  # it has no switch
+    with evaluating(model), quiet:
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:
             found: Any = simple_evaluate(wrapped, tasks=[config], limit=limit, bootstrap_iters=0, log_samples=True)
-        except (KeyError, ValueError, TypeError, AssertionError, OSError) as error:
+        except (KeyError, ValueError, TypeError, AssertionError, OSError, TemplateError) as error:
             raise DataError(f"{task} is no task that lm-eval runs ({_line(error)})", "try it with lm_eval") from error
     samples, totals = found["samples"][name], found["results"][name]
     metric = (config.get("metric_list") or [{"metric": "acc"}])[0]["metric"]
@@ -54,7 +59,7 @@ def harness(
     if not values or len(values) != len(samples):
         raise DataError(f"{task}: metric {metric!r} has no value for each document", "put a mean, say acc, first")
     mean = statistics.fmean(values)
-    reach = _Z * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    reach = Z95 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     detail = {key: float(value) for key, value in totals.items() if isinstance(value, float) and "stderr" not in key}
     return Result(
         "harness",

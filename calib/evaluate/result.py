@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from calib.errors import DataError
 
+Z95 = 1.959964  # 97.5 % quantile of the normal distribution
+
 
 @dataclass(frozen=True)
 class Result:

@@ -15,14 +15,13 @@ from tqdm import tqdm
 
 from calib.data import batch_rows, encode_rows, read_labelled, read_pairs, sequence_limit
 from calib.errors import DataError, ModelError, NumericsError
-from calib.evaluate.result import Result, check_ids, evaluating, peak_rss_mib
+from calib.evaluate.result import Z95, Result, check_ids, evaluating, peak_rss_mib
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, Tensor]
 _LONGEST = 512  # tokens of a sentence, for models that set no limit
-_Z = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 def classification(
@@ -149,14 +148,14 @@ def _forward(
 
 def _wilson(right: int, n: int) -> tuple[float, float]:
     """Wilson's score interval for a proportion."""
-    share, z2 = right / n, _Z**2
+    share, z2 = right / n, Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _fisher(r: float, n: int) -> tuple[float, float] | None:
     if n < 4 or abs(r) >= 1:
         return None
-    half = _Z * math.sqrt((1 + r * r / 2) / (n - 3))
+    half = Z95 * math.sqrt((1 + r * r / 2) / (n - 3))
     return math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)

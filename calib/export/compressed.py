@@ -80,7 +80,7 @@ def refusals(recipe: Recipe, dtype: torch.dtype) -> list[str]:
     reasons = list(dict.fromkeys(reason for weights in formats for reason in _format_reasons(weights, scheme.inputs)))
     if recipe.float_rows:
         reasons.append(FLOAT_ROWS)
-    if recipe.prefix not in ("none", "auto"):
+    if recipe.prefixes:
         reasons.append(PREFIX)
     if scheme.attention is not None or scheme.kv is not None:
         reasons.append(ATTENTION)

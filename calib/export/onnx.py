@@ -43,7 +43,7 @@ def refusals(recipe: Recipe) -> list[str]:
     reasons = list(dict.fromkeys(reason for weights in formats for reason in _weight_reasons(weights)))
     reasons += [DYNAMIC] if scheme.inputs is not None and scheme.inputs.dynamic else []
     reasons += ["attention is quantized"] if scheme.attention is not None or scheme.kv is not None else []
-    reasons += ["a prefix stands before every input"] if recipe.prefix not in ("none", "auto") else []
+    reasons += ["a prefix stands before every input"] if recipe.prefixes else []
     return reasons + ([FLOAT_ROWS] if recipe.float_rows else [])
 
 

@@ -75,7 +75,7 @@ def refusals(recipe: Recipe, format_reasons: Callable[[AnyWeight], list[str]]) -
     reasons += [ATTENTION] if scheme.attention is not None or scheme.kv is not None else []
     reasons += [HADAMARD] if names & {"hadamard", "rotate"} else []
     reasons += [LOW_RANK] if names & {"low_rank", "basel"} else []
-    reasons += [PREFIX] if recipe.prefix not in ("none", "auto") else []
+    reasons += [PREFIX] if recipe.prefixes else []
     formats = dict.fromkeys([scheme.weights, *(each.weights for each in scheme.overrides)])
     return [*reasons, *dict.fromkeys(reason for weights in formats for reason in format_reasons(weights))]
 

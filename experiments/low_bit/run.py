@@ -4,10 +4,12 @@
     python experiments/low_bit/run.py smollm2           # WikiText-2 test perplexity, weights only
     python experiments/low_bit/run.py minilm            # SST-2 classifier: accuracy and logits error
     python experiments/low_bit/run.py smollm2 --figure  # size against quality, every arm
+    python experiments/low_bit/run.py smollm2 --table   # the same in markdown
 
-Finished cells are kept in results-<part>.json and skipped on the next run; --only 'A;B' runs the cells whose name holds
-A or B. Calibration data are validation (WikiText-2) and train (SST-2) splits, never test. Bits a weight count scales;
-an asymmetric affine grid is counted with fp16 scales and zero points of its own width, as rivals store it.
+Finished cells are kept in results-<part>.json (results-<part>-8.json with --samples 8) and skipped on the next run;
+--only 'A;B' runs cells whose name holds A or B. Calibration data are validation (WikiText-2) and train (SST-2) splits,
+never test. Bits a weight count scales; an asymmetric affine grid is counted with fp16 scales and zero points of its own
+width, as rivals store it.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from model_zoo.sources import load_model
 HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared"
 WIKITEXT, SST2 = SHARED / "data/wikitext-2", SHARED / "data/sst2"
+SAMPLES = 32  # calibration windows of 512 tokens, unless asked for others
+SMOLLM2 = 106_168_320  # weights of its linears, the head not counted
 SMALL = {"samples": 2, "seq_len": 32}  # for what looks at no data
 
 
@@ -171,11 +175,27 @@ def cost(result: calib.Result, arm: Arm) -> dict[str, Any]:
 MARKS = {"RTN": "x", "searched": "o", "searched + feedback": "s", "+ bias correction": "^", "+ OS+": "D"}
 
 
-def figure(part: str) -> None:
+def table(part: str, file: Path) -> None:
+    """Every arm in markdown, by bits, then quality."""
+    cells = json.loads(file.read_text())["cells"]
+    measure, stored = ("perplexity", "stored | ") if part == "smollm2" else ("logits_mse", "")
+    print(f"| arm | bits | {stored}" + ("perplexity (95 %) | of float's |" if stored else "logits MSE | accuracy |"))
+    print("|---" * (5 if stored else 4) + "|")
+    for name, cell in sorted(cells.items(), key=lambda each: (each[1].get("bits", 0), each[1].get(measure, 0))):
+        if name != "float" and stored:
+            size, ratio = 8 * cell["stored_bytes"] / SMOLLM2, cell[measure] / cells["float"][measure]
+            low, high = cell["ci95"]
+            spread = f"{cell[measure]:,.2f} ({low:,.1f} to {high:,.1f})"
+            print(f"| {name} | {cell['bits']:.2f} | {size:.2f} | {spread} | {ratio:,.2f} |")
+        elif name != "float":
+            print(f"| {name} | {cell['bits']:.2f} | {cell[measure]:.4f} | {100 * cell['accuracy']:.2f} |")
+
+
+def figure(part: str, file: Path) -> None:
     """Every arm: a grid is a colour, a way to round a mark."""
     from matplotlib import pyplot
 
-    cells = json.loads((HERE / f"results-{part}.json").read_text())["cells"]
+    cells = json.loads(file.read_text())["cells"]
     measure = "perplexity" if part == "smollm2" else "logits_mse"
     figure, axes = pyplot.subplots(figsize=(9, 5))
     colours: dict[str, Any] = {}
@@ -193,7 +213,7 @@ def figure(part: str) -> None:
     label = {"perplexity": "perplexity, WikiText-2 test", "logits_mse": "squared error of the logits, SST-2 test"}
     axes.set(xlabel="bits a weight, scales included", ylabel=label[measure], yscale="log")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(HERE / f"size-{part}.png", dpi=110, bbox_inches="tight")
+    figure.savefig(HERE / f"size-{file.stem.removeprefix('results-')}.png", dpi=110, bbox_inches="tight")
 
 
 def main() -> None:
@@ -201,17 +221,18 @@ def main() -> None:
     parser.add_argument("part", choices=["synthetic", "smollm2", "minilm"])
     parser.add_argument("--only", default="")
     parser.add_argument("--figure", action="store_true")
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.part == "synthetic":
         return synthetic()
-    if args.figure:
-        return figure(args.part)
-    file = HERE / f"results-{args.part}.json"
+    file = HERE / f"results-{args.part}{'' if args.samples == SAMPLES else f'-{args.samples}'}.json"
+    if args.figure or args.table:
+        return (figure if args.figure else table)(args.part, file)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "calib": calib.__version__}
     about = {"machine": platform.machine(), **vars(args), "versions": versions}
     for arm in [None, *arms()]:
@@ -222,7 +243,11 @@ def main() -> None:
         figures = (smollm2 if args.part == "smollm2" else minilm)(arm, args)
         described = {} if arm is None else {"weights": repr(arm.weights), "method": arm.method, **arm.options}
         results = json.loads(file.read_text()) if file.exists() else {"cells": {}}  # two runs may fill one table
-        results["cells"][name] = {**described, **figures, **{k: v for k, v in about.items() if k != "only"}}
+        results["cells"][name] = {
+            **described,
+            **figures,
+            **{k: v for k, v in about.items() if k not in ("only", "figure", "table")},
+        }
         file.write_text(json.dumps(results, indent=1) + "\n")
         print(time.strftime("%H:%M:%S"), name, json.dumps(figures), flush=True)
     return None

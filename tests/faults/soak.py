@@ -3,7 +3,9 @@
 ``python -m tests.faults.soak --minutes 10`` quantizes, saves, loads, runs and throws away, over and over; ``--cycles
 10000`` only quantizes and dequantizes a weight and an activation. Either prints resident memory, open files and threads
 at the start and the end, and the slope of memory a cycle: a least-squares line through the second half of the run, with
-the 95 % interval of its slope. An answer that differs from the first of its kind ends the run.
+the 95 % interval of its slope; and, with glibc, by how much what malloc has handed out differs between the middle and
+the end: resident memory alone also counts the holes between its pieces, and garbage until its collection. An answer
+that differs from the first of its kind ends the run.
 
 A soak of four hours is the same command with ``--minutes 240``; it keeps one core busy.
 """
@@ -11,6 +13,7 @@ A soak of four hours is the same command with ``--minutes 240``; it keeps one co
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import hashlib
 import os
@@ -43,6 +46,29 @@ SETTINGS = (
 def resident() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks"),
+            *("fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def handed_out() -> int | None:
+    """Bytes that malloc has given and not got back, after Python's own collection; None without glibc 2.33."""
+    gc.collect()
+    ask = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if ask is None:
+        return None
+    ask.restype = _Mallinfo
+    found = ask()
+    return int(found.uordblks + found.hblkhd)
 
 
 def handles() -> tuple[int, int]:
@@ -92,6 +118,7 @@ def soak(job: Callable[[int], tuple[int, bytes]], cycles: int | None, seconds: f
     memory = array("q", bytes(8 << 20))  # a list of a million numbers would be what grows
     started, i = time.monotonic(), 0
     first = handles()
+    middle: tuple[int, int | None] = (0, None)
     while (cycles is None or i < cycles) and (seconds is None or time.monotonic() - started < seconds):
         key, answer = job(i)
         assert answers.setdefault(key, answer) == answer, f"cycle {i} gave another answer than the first of its kind"
@@ -100,17 +127,24 @@ def soak(job: Callable[[int], tuple[int, bytes]], cycles: int | None, seconds: f
         if i == 16:  # libraries are warm
             gc.collect()
             first = handles()
+        passed = i / cycles if cycles else (time.monotonic() - started) / (seconds or 1)
+        if middle[0] == 0 and passed >= 0.5:
+            middle = i, handed_out()
+    last, held = handles(), handed_out()  # before scipy's own first use
     half = memory[i // 2 : i]
     line = stats.linregress(range(len(half)), half)
     error = line.stderr if len(set(half)) > 1 else 0.0  # scipy's is nan where nothing changed
     interval = float(stats.t.ppf(0.975, len(half) - 2)) * error
-    last = handles()
+    kept = "not known"
+    if held is not None and middle[1] is not None:
+        kept = f"{(held - middle[1]) / max(1, i - middle[0]):.1f} bytes a cycle"
     return "\n".join(
         [
             f"{i} cycles in {time.monotonic() - started:.0f} s, every answer the first one's",
             f"memory {memory[0] / 2**20:.1f} MiB at first, {memory[i // 2] / 2**20:.1f} half way, "
             f"{memory[i - 1] / 2**20:.1f} at the end",
             f"slope of the second half: {line.slope:.1f} +- {interval:.1f} bytes a cycle",
+            f"handed out by malloc and kept, second half: {kept}",
             f"open files {first[0]} then {last[0]}, threads {first[1]} then {last[1]}",
         ]
     )
