@@ -43,6 +43,7 @@ def harness(
         from jinja2 import TemplateError
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError("task harness runs lm-eval, which is not installed", "pip install 'calib[eval]'") from error
     name = config["task"]
@@ -50,7 +51,14 @@ def harness(
     with evaluating(model), quiet:
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:
-            found: Any = simple_evaluate(wrapped, tasks=[config], limit=limit, bootstrap_iters=0, log_samples=True)
+            found: Any = simple_evaluate(
+                wrapped,
+                tasks=[config],
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                task_manager=TaskManager(include_defaults=False),  # reading its own thousands takes half a minute
+            )
         except (KeyError, ValueError, TypeError, AssertionError, OSError, TemplateError) as error:
             raise DataError(f"{task} is no task that lm-eval runs ({_line(error)})", "try it with lm_eval") from error
     samples, totals = found["samples"][name], found["results"][name]
