@@ -8,6 +8,7 @@ are the model's own, so the answer is, bit for bit; the first repetition is held
 from __future__ import annotations
 
 import collections
+import operator
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,10 @@ class _Recorder(TorchFunctionMode):
         return result
 
 
+# function, getters of its arguments, names and places of others, place of the result, places that are done with
+_Step = tuple[Callable[..., Any], Callable[[list[Any]], Any], tuple[tuple[str, int], ...] | None, int, tuple[int, ...]]
+
+
 class _Shapes(TorchDispatchMode):
     """Looks for operators of whose result the values, not the shapes, of their inputs decide the shape."""
 
@@ -84,80 +89,92 @@ class _Shapes(TorchDispatchMode):
 
 
 class _Program:
-    """The recorded calls as one function, ``run``: input tensors to the leaves of the output, or None where a value
-    that steered Python differs from the recorded one. trusted: whether it has been seen to answer as the model.
+    """The recorded calls: every argument and result has a place in one list of values.
+
+    trusted: whether it has been seen to answer as the model.
     """
 
     def __init__(self, recorder: _Recorder, inputs: list[Tensor], outputs: Any, model: nn.Module) -> None:
         self.trusted = False
-        self._names = {id(each): f"x{number}" for number, each in enumerate(inputs)}
-        self._globals: dict[str, Any] = {}
-        made = {id(each) for call in recorder.calls for each in call.made}
-        if any(id(each) not in made and _version(each) != version for each, version in recorder.first.values()):
+        self._local = {id(each) for call in recorder.calls for each in call.made}
+        if any(id(each) not in self._local and _version(each) != was for each, was in recorder.first.values()):
             raise _Unfit("it writes into tensors that it did not make")
-        self._local = made | self._names.keys()
         leaves, self.structure = pytree.tree_flatten(outputs)
-        needed = {id(each) for each in _tensors(leaves)}
-        lines = [line for call in reversed(recorder.calls) if (line := self._line(call, needed))]
-        lines = [*reversed(lines), f"return {self._value(leaves)}"]
-        source = f"def run({', '.join(self._names[id(each)] for each in inputs)}):\n    " + "\n    ".join(lines)
-        exec(source, self._globals)  # names and plain values only
-        self.run: Callable[..., list[Any] | None] = self._globals["run"]
+        self._values: list[Any] = [None] * len(inputs)
+        self._places = {id(each): place for place, each in enumerate(inputs)}
+        self._local |= self._places.keys()
+        self._steps: list[tuple[Callable[..., Any], list[int], dict[str, int], int]] = []
+        looks: list[tuple[int, int, Any]] = []  # steps done, the place that Python looked at, what it saw
+        for call in _needed(recorder.calls, {id(each) for each in _tensors(leaves)}):
+            place = self._add(call)
+            if _looks(call):
+                looks.append((len(self._steps), place, call.result))
+        self._leaves = [self._place(each) for each in leaves]
+        self._parts = self._joined([*looks, (len(self._steps), self._new(None), None)])
         self.still = self._watch(model)
-        del self._names, self._local
+        del self._places, self._local, self._steps
 
-    def _line(self, call: _Call, needed: set[int]) -> str:
-        """Source of a call; empty where those after it need nothing of it. They come first, and ``needed`` grows."""
-        returned = _tensors(call.result)
-        looks = not returned and isinstance(call.result, (bool, int, float, str, list))
-        if not returned and not looks and not isinstance(call.result, (*PLAIN, torch.Size)):
-            raise _Unfit(f"{call.func} turns values into a {type(call.result).__name__}")
-        if not call.writes and not looks and not any(id(each) in needed for each in call.made):
-            return ""
-        needed |= call.given
+    def run(self, *inputs: Tensor) -> list[Any] | None:
+        """The leaves of the output; None where a value that steered Python differs from the recorded one."""
+        values = self._values.copy()
+        values[: len(inputs)] = inputs
+        for steps, seen, expected in self._parts:
+            for func, arguments, named, place, dead in steps:
+                if named is None:
+                    values[place] = func(*arguments(values))
+                else:
+                    values[place] = func(*arguments(values), **{key: values[at] for key, at in named})
+                for at in dead:
+                    values[at] = None
+            if values[seen] != expected:
+                return None
+        return [values[at] for at in self._leaves]
+
+    def _add(self, call: _Call) -> int:
         func = torch.layer_norm if call.func is F.layer_norm else call.func  # without a Python function around it
-        arguments = [self._value(each) for each in call.args]
-        arguments += [f"{key}={self._value(each)}" for key, each in call.kwargs.items()]
-        text = f"{self._constant(getattr(func, '_op', func))}({', '.join(arguments)})"
-        if looks:
-            return f"if {text} != {self._value(call.result)}: return None"
-        if isinstance(call.result, Tensor):
-            return f"{self._name(call.result)} = {text}"
-        if not returned:
-            return text
-        if not isinstance(call.result, (tuple, list)) or len(returned) != len(call.result):
-            raise _Unfit(f"{func} returns more than tensors")
-        return f"{''.join(f'{self._name(each)}, ' for each in returned)} = {text}"
+        args, kwargs = [*map(self._place, call.args)], {key: self._place(each) for key, each in call.kwargs.items()}
+        place = self._place(call.result) if isinstance(call.result, Tensor) else self._new(None)
+        self._steps.append((getattr(func, "_op", func), args, kwargs, place))
+        if isinstance(call.result, (tuple, list)) and not _looks(call):
+            if not all(isinstance(each, Tensor) for each in call.result):
+                raise _Unfit(f"{func} returns more than tensors")
+            for number, each in enumerate(call.result):
+                self._steps.append((operator.getitem, [place, self._new(number)], {}, self._place(each)))
+        return place
 
-    def _name(self, each: Tensor) -> str:
-        return self._names.setdefault(id(each), f"t{len(self._names)}")
-
-    def _constant(self, each: Any) -> str:
-        name = f"c{len(self._globals)}"
-        self._globals[name] = each
-        return name
-
-    def _value(self, each: Any) -> str:
-        """Source of an argument."""
+    def _place(self, each: Any) -> int:
+        """Where the value is when a step asks for it."""
         if isinstance(each, Tensor):
-            name = self._name(each)
-            if id(each) not in self._local:
-                self._globals[name] = each
-            return name
-        if type(each) in (tuple, list, torch.Size):
-            inner = "".join(f"{self._value(one)}, " for one in each)
-            return f"[{inner}]" if type(each) is list else f"({inner})"
-        if type(each) is slice:
-            return f"slice({self._value(each.start)}, {self._value(each.stop)}, {self._value(each.step)})"
-        if type(each) in (bool, int, str, type(None)):
-            return repr(each)
-        if isinstance(each, PLAIN) or each is ...:
-            return self._constant(each)
+            if id(each) not in self._places:
+                self._places[id(each)] = self._new(None if id(each) in self._local else each)
+            return self._places[id(each)]
+        if type(each) in (tuple, list) and _tensors(each):
+            place = self._new(None)
+            self._steps.append((_listed if type(each) is list else _tupled, [*map(self._place, each)], {}, place))
+            return place
+        if all(map(_plain, pytree.tree_leaves(each))):
+            return self._new(each)
         raise _Unfit(f"{type(each).__name__} is no tensor and no plain value")
+
+    def _new(self, value: Any) -> int:
+        self._values.append(value)
+        return len(self._values) - 1
+
+    def _joined(self, looks: list[tuple[int, int, Any]]) -> list[tuple[list[_Step], int, Any]]:
+        """The steps up to each look, with the places that nobody asks for after them."""
+        busy, steps = {*self._leaves, *(place for _, place, _ in looks)}, []
+        for func, args, kwargs, place in reversed(self._steps):
+            used = {*args, *kwargs.values(), place}
+            dead = tuple(at for at in used - busy if self._values[at] is None)
+            busy |= used
+            steps.append((func, _getter(args), tuple(kwargs.items()) or None, place, dead))
+        steps.reverse()
+        starts = [0, *(end for end, _, _ in looks)]
+        return [(steps[start:end], at, seen) for start, (end, at, seen) in zip(starts, looks, strict=False)]
 
     def _watch(self, model: nn.Module) -> Callable[[], bool]:
         """Whether the model still holds what was recorded: its tensors, their dtypes, and its kernels."""
-        used = {id(each) for each in self._globals.values() if isinstance(each, Tensor)}
+        used = {id(each) for each in self._values if isinstance(each, Tensor)}
         tensors, kernels = [], []
         for module in model.modules():
             for table in (module._parameters, module._buffers):
@@ -244,6 +261,45 @@ class Replay:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.model = state["model"]
         self.forget()
+
+
+def _looks(call: _Call) -> bool:
+    """Whether Python learned values of it."""
+    return isinstance(call.result, (bool, int, float, str, list)) and not _tensors(call.result)
+
+
+def _needed(calls: list[_Call], needed: set[int]) -> list[_Call]:
+    """Those that write, that Python looked at, or whose tensors (first ``needed``, by id) are used later."""
+    found = []
+    for call in reversed(calls):
+        plain = isinstance(call.result, (Tensor, *PLAIN, tuple, list))
+        if not plain:
+            raise _Unfit(f"{call.func} turns values into a {type(call.result).__name__}")
+        if call.writes or _looks(call) or any(id(each) in needed for each in call.made):
+            needed |= call.given
+            found.append(call)
+    return found[::-1]
+
+
+def _plain(each: Any) -> bool:
+    if isinstance(each, slice):
+        return _plain(each.start) and _plain(each.stop) and _plain(each.step)
+    return isinstance(each, PLAIN) or each is ...
+
+
+def _getter(places: list[int]) -> Callable[[list[Any]], Any]:
+    """The values at the places, in a tuple or list."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return operator.itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
+
+
+def _listed(*values: Any) -> list[Any]:
+    return list(values)
+
+
+def _tupled(*values: Any) -> tuple[Any, ...]:
+    return values
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -55,5 +55,5 @@ def _vnni() -> bool:
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
-    can = getattr(torch.cpu, "get_capabilities", dict)()
+    can: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(can.get(name, True) for name in ("avx512_vnni", "avx_vnni"))
