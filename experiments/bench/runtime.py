@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import re
 import statistics
 import subprocess
 import sys
@@ -172,6 +173,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/sst2"))
     parser.add_argument("--compressed", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="regular expression of rows; torch fp32 is always there")
+    parser.add_argument(
+        "--sentences", type=int, default=TIMED, help="timed at batch 1; of larger batches twice as many"
+    )
+    parser.add_argument("--tests", type=int, help="first test sentences for logits; default: all")
     parser.add_argument("--out", type=Path, default=HERE / "results-runtime.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -183,19 +189,20 @@ def main() -> None:
     table: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         files = rivals(given, model, list(batch_rows(first, tokenizer, 8)), Path(scratch))
+        files = {name: path for name, path in files.items() if name == "torch fp32" or re.search(given.only, name)}
         feet = {name: footprint(name, path, given.threads) for name, path in files.items()}
         found = {name: loaded(name, str(path), given.threads) for name, path in files.items()}
         for size in SIZES:
-            batches = list(batch_rows(rows[: TIMED * (1 if size == 1 else 2)], tokenizer, size))
+            batches = list(batch_rows(rows[: given.sentences * (1 if size == 1 else 2)], tokenizer, size))
             count = sum(len(batch["input_ids"]) for batch in batches)
             taken = seconds_of(found, batches, given.threads)
             for name, seconds in taken.items():
                 row = table.setdefault(name, {})
                 row[f"sentences/s, batch {size}"] = count / seconds
                 row[f"x torch fp32, batch {size}"] = taken["torch fp32"] / seconds
-        tests = list(batch_rows(rows, tokenizer, 32))
+        tests = list(batch_rows(rows[: given.tests], tokenizer, 32))
         logits = {name: np.concatenate([run(batch) for batch in tests]) for name, run in found.items()}
-    truth = np.array(labels)
+    truth = np.array(labels[: given.tests])
     for name, values in logits.items():
         table[name]["logits MSE"] = float(np.square(values - logits["torch fp32"]).mean())
         table[name]["accuracy"] = float((values.argmax(1) == truth).mean())
@@ -204,7 +211,8 @@ def main() -> None:
     print("| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for name, row in table.items():
         print(f"| {name} | " + " | ".join(f"{value:.4g}" for value in row.values()) + " |")
-    about = {"versions": {**versions(), "onnxruntime": onnxruntime.__version__}, "machine": machine()}
+    about: dict[str, Any] = {"tests": len(truth), "sentences": given.sentences}
+    about |= {"versions": {**versions(), "onnxruntime": onnxruntime.__version__}, "machine": machine()}
     given.out.write_text(json.dumps({**about, "rows": table}, indent=2) + "\n", encoding="utf-8")
 
 
