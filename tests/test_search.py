@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ import calib
 from calib.engine.context import ContextObjective
 from calib.model import Site
 from calib.nn import block_hadamard
-from calib.quantizers import AffineSpec
+from calib.quantizers import AffineSpec, product
 from calib.solvers import LinearObjective, rank_coarse, scale_for, search_exhaustive, search_fast
 from calib.solvers import objective as module
 from calib.solvers.os_plus import exhaustive_grid, fast_grid, ranked_search
@@ -25,6 +25,23 @@ from tests.families import batches, build
 STATIC = AffineSpec(8, symmetric=False, granularity="tensor")
 TOKEN = AffineSpec(8, symmetric=False, granularity="token", dynamic=True)
 Rotation = Callable[[Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _integers_wherever_they_are_exact() -> Iterator[None]:
+    """Also on a machine where their operator is slow, and a search takes floats."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product, "_vnni", lambda: True)
+        product.int_mm_refusal.cache_clear()
+        yield
+    product.int_mm_refusal.cache_clear()
+
+
+def test_a_machine_without_vnni_searches_in_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_vnni", lambda: False)
+    product.int_mm_refusal.cache_clear()
+    assert "plain loop" in product.int_mm_refusal(127)
+    assert not objective(*site(1), STATIC, AffineSpec(8)).integer
 
 
 def site(seed: int, tokens: int = 600, n: int = 64, outputs: int = 320) -> tuple[Tensor, Tensor]:

@@ -201,6 +201,9 @@ def _add_config(writer: Any, config: Any) -> None:
     values = {key: _entry(config, name) for key, name in _entries(config).items()}
     if (head := getattr(config, "head_dim", None)) is not None:
         values |= {"attention.key_length": head, "attention.value_length": head}
+    values.setdefault("vocab_size", config.vocab_size)  # llama.cpp needs it, and of bloom two more
+    if config.model_type == "bloom":
+        values |= {"context_length": getattr(config, "seq_length", 2048), "feed_forward_length": 4 * config.hidden_size}
     if config.model_type == "gemma2":
         values["attn_logit_softcapping"] = config.attn_logit_softcapping
         values["final_logit_softcapping"] = config.final_logit_softcapping

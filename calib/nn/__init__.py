@@ -9,6 +9,7 @@ from calib.nn.kv_cache import Int8Cache, use_int8_cache
 from calib.nn.linear import CalledAsWeight, QuantLinear
 from calib.nn.low_rank import LowRankLinear, changed_linears, float_linear
 from calib.nn.prefix import Prefix, StatelessCache
+from calib.nn.replay import Replay
 from calib.nn.side_branch import SideBranch
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LowRankLinear",
     "Prefix",
     "QuantLinear",
+    "Replay",
     "SideBranch",
     "StatelessCache",
     "attention_modules",

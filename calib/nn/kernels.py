@@ -5,8 +5,8 @@ then rounded in fp32 in one order, y = ((sum of (code - zero_point) w) x_scale) 
 computes that in float GEMMs that cannot round ('exact'), mode 'packed' in int8 operators; both give the same
 bits, so a low-bit network, which amplifies the last bit into other codes, answers the same in both.
 Operators have private names in torch and not every machine runs them right (without VNNI int8 products
-saturate): each is probed once, with the extremes of its codes, against exact integers. Kernels record no
-gradients.
+saturate): each is probed once, with the extremes of its codes, against exact integers, and for that order. Kernels
+record no gradients.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def describe() -> dict[str, str]:
     one = _refused("int_mm", 127)
     single = "" if one else "; single rows: torch._int_mm"
     joint = "" if many[8] else f"; layers of one input run as one: single rows, and up to {FEW} of small layers"
+    fused = "fused" if not many[8] and _fuses() else "afterwards"
     fallback = "dequantize: float weight by tiles, then float GEMM"
 
     def integer(bits: int, note: str) -> str:
@@ -69,7 +70,7 @@ def describe() -> dict[str, str]:
     four = _refused("int4", 7)
     int4 = fallback if four else f"bf16, up to {INT4_ROWS} rows: int4pack of ATen; otherwise {fallback}"
     return {
-        "w8a8-static": integer(8, f"u8 activations, scales and bias fused{single}{joint}"),
+        "w8a8-static": integer(8, f"u8 activations, scales and bias {fused}{single}{joint}"),
         "w8a8": integer(8, f"u8 activations, scale per row afterwards{single}{joint}"),
         "w1..w7, integer activations": integer(7, "weights held as int8 (scales per channel or tensor)"),
         "weights asymmetric, in groups or of two planes": f"{fallback} (the scale changes inside a sum)",
@@ -193,6 +194,7 @@ class _Operator:
         self.scale, self.bias = _scales(modules), _static_bias(modules)
         self.moved = weight.sum(dim=1, dtype=torch.int32) * self.zero_point if keep and self.zero_point else None
         self.step = torch.full((1,), self.x_scale, device=weight.device)  # a number is wrapped anew for every call
+        self.ones = None if self.x_scale == 1 or not self.cpu or _fuses() else torch.ones_like(self.scale)
         self.no_zero = torch.zeros_like(self.scale, dtype=torch.int32)
         self.packed = None if keep else torch.ops.onednn.qlinear_prepack(weight, None)
 
@@ -205,7 +207,11 @@ class _Operator:
         packed = self.packed  # once: a thread that joins layers takes it away
         if packed is None:
             packed = self.packed = torch.ops.onednn.qlinear_prepack(plain, None)
-        return _qlinear(codes.unsigned, self.x_scale, self.zero_point, packed, self.scale, self.no_zero, bias)
+        if self.ones is None:
+            return _qlinear(codes.unsigned, self.x_scale, self.zero_point, packed, self.scale, self.no_zero, bias)
+        y = _qlinear(codes.unsigned, 1.0, self.zero_point, packed, self.ones, self.no_zero, None)
+        y.mul_(self.step).mul_(self.scale)
+        return y if bias is None else y.add_(bias)
 
 
 def _static_bias(modules: Sequence[QuantLinear]) -> Tensor | None:
@@ -382,6 +388,17 @@ def _refused(operator: Operator, limit: int, device: str = "cpu") -> str:
         return _int4_refusal()
     found = int_mm_refusal(limit, device) if operator == "int_mm" else inexact(_prepacked, limit, device, PROBES)
     return found and f"{operator} {found}"
+
+
+@functools.cache
+def _fuses() -> bool:
+    """Whether oneDNN rescales in the order that defines the result: without VNNI it multiplies both scales first."""
+    weight, codes = torch.arange(-60, 60, dtype=torch.int8).view(30, 4), torch.arange(-64, 64, dtype=torch.int8)
+    scale, bias, x_scale = torch.linspace(0.01, 0.07, 30), torch.linspace(-3, 3, 30), 0.0371
+    octets, packed = codes.view(torch.uint8).bitwise_xor(128), torch.ops.onednn.qlinear_prepack(weight, None)
+    given = _qlinear(octets.view(32, 4), x_scale, 17, packed, scale, torch.zeros(30, dtype=torch.int32), bias)
+    total = (codes.view(32, 4).float() - 17) @ weight.float().t()
+    return torch.equal(given, total.mul_(torch.tensor(x_scale)).mul_(scale).add_(bias))
 
 
 def _prepacked(codes: Tensor, weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Callable, Sequence
 
 import torch
@@ -41,5 +42,18 @@ def inexact(product: Product, limit: int, device: str, shapes: Sequence[tuple[in
 
 @functools.cache
 def int_mm_refusal(limit: int, device: str = "cpu") -> str:
-    """Why torch._int_mm cannot be trusted on the device; empty where it is exact."""
+    """Why torch._int_mm should not run on the device; empty where it is exact and more than a plain loop."""
+    if device == "cpu" and not _vnni():
+        return "is a plain loop on this cpu (no VNNI)"
     return inexact(int_mm, limit, device, PROBES if device == "cpu" else [(17, 64, 32), (3, 128, 8)])
+
+
+def _vnni() -> bool:
+    """False on x86 without VNNI: there torch._int_mm is exact, and takes twenty times as long as the float product.
+
+    Asked, not timed: a search that measured would take other ways, and end at other bits, from one run to the next.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    can: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(can.get(name, True) for name in ("avx512_vnni", "avx_vnni"))

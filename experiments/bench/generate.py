@@ -3,15 +3,19 @@
     calib quantize smollm2-135m --scheme w8a8-static --method os+ --out out/smollm2-w8a8
     python -m experiments.bench.generate smollm2-135m out/smollm2-w8a8 [--json experiments/bench/results-generate.json]
 
-Float in fp32 and bf16 and the packed checkpoint take turns in one process, the best of each counts; wall time. Memory:
-a process of its own loads the checkpoint and generates, less one that imports everything. ``forced`` is the share of
-the packed model's own greedy tokens that are the first choice of the model in fake arithmetic given the same text,
-``logits`` the largest difference over the logits' range, both on prompts of the test text.
+Float in fp32 and bf16, the packed checkpoint, ``--compressed DIR`` (a checkpoint that plain transformers loads) and
+torchao's int8, where it is installed, take turns in one process; the best of each counts, in CPU time of the process
+(of two threads: wall time). Loading and memory: a process of its own for each loads and generates, against one that
+imports everything. ``agreement``: greedy tokens of the packed model and of the model in fake arithmetic, by position;
+``logits``: the largest difference over the logits' range. Both on prompts of the test text. ``--bits 7`` rounds 8-bit
+weights to 7 bits for them: without VNNI the integer kernels take no more.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import importlib.util
 import json
 import subprocess
 import sys
@@ -21,53 +25,86 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 import calib
-from calib.evaluate.generation import agreement, continuations
+from calib.evaluate.generation import continuations
+from calib.export.hf import set_mode
 from calib.export.load import load_pair
+from calib.nn import QuantLinear
 from experiments.bench.kernels import machine
 from model_zoo.sources import load_model
 
-PREFILL, DECODED, ROUNDS = 512, 24, 4
+PREFILLS, DECODED, ROUNDS = (128, 512), 24, 4
 TEXT = Path("../shared/data/wikitext-2/test.txt")
 CHILD = """
-import json, sys, torch, calib
+import json, sys, time, torch, calib
 from calib.evaluate import peak_rss_mib
 from transformers import LlamaForCausalLM
-torch.set_num_threads(int(sys.argv[2]))
-if sys.argv[1]:
-    model = calib.load(sys.argv[1])
+from experiments.bench.generate import loaded
+torch.set_num_threads(int(sys.argv[3]))
+start = time.process_time()
+if sys.argv[2]:
+    model = loaded(sys.argv[1], sys.argv[2])
+    took = time.process_time() - start
     model.generate(torch.ones(1, 64, dtype=torch.long), max_new_tokens=32, min_new_tokens=32, do_sample=False)
-print(json.dumps(peak_rss_mib()))
+print(json.dumps([peak_rss_mib(), took if sys.argv[2] else 0.0]))
 """
 
 
-def prefill(model: Any, ids: torch.Tensor) -> float:
-    start = time.perf_counter()
+def loaded(what: str, path: str) -> Any:
+    """The model of a row of the table."""
+    if what == "packed":
+        return calib.load(path)
+    if what == "compressed-tensors in transformers":
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = load_model(path, progress=False, dtype=torch.bfloat16 if what == "bf16" else torch.float32)[0]
+    if what.startswith("torchao"):
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def prefill(model: Any, ids: torch.Tensor, clock: Callable[[], float]) -> float:
+    start = clock()
     model(input_ids=ids, logits_to_keep=1, use_cache=True)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def decode(model: Any, ids: torch.Tensor) -> float:
+def decode(model: Any, ids: torch.Tensor, clock: Callable[[], float]) -> float:
     """Seconds a token, behind 64 tokens."""
     cache = model(input_ids=ids[:, :64], logits_to_keep=1, use_cache=True).past_key_values
-    start = time.perf_counter()
+    start = clock()
     for i in range(DECODED):
         cache = model(input_ids=ids[:, 64 + i : 65 + i], past_key_values=cache, use_cache=True).past_key_values
-    return (time.perf_counter() - start) / DECODED
+    return (clock() - start) / DECODED
 
 
-def fastest(models: dict[str, Any], ids: torch.Tensor, run: Callable[[Any, torch.Tensor], float]) -> dict[str, float]:
+def fastest(models: dict[str, Any], run: Callable[[Any], float]) -> dict[str, float]:
     best = dict.fromkeys(models, float("inf"))
     for _ in range(ROUNDS + 1):
         for name, model in models.items():
-            best[name] = min(best[name], run(model, ids))
+            best[name] = min(best[name], run(model))
     return best
 
 
-def peak(folder: str, threads: int) -> float:
-    command = [sys.executable, "-W", "ignore", "-c", CHILD, folder, str(threads)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+def footprint(what: str, path: str, threads: int) -> tuple[float, float]:
+    """Peak MiB, and CPU seconds to load; of the imports alone without a path."""
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, what, path, str(threads)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(json.loads(said.splitlines()[-1]))
+
+
+def narrowed(model: Any, bits: int) -> Any:
+    """The model with its quantized weights rounded to ``bits`` bits, packed."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            spec = module.weight_spec.with_(bits=bits)
+            new = QuantLinear.from_float(module.dequantize(), module.bias, spec, module.input).set_mode("packed")
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, new)
+    return model
 
 
 def difference(packed: Any, fake: Any, ids: torch.Tensor) -> float:
@@ -80,39 +117,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("quantized")
+    parser.add_argument("--compressed", type=Path)
+    parser.add_argument("--bits", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    plain, tokenizer = load_model(options.model, progress=False)
-    packed, fake = calib.load(options.quantized), load_pair(options.quantized, "fake")[0]
-    ids = tokenizer(TEXT.read_text(encoding="utf-8")[:20000], return_tensors="pt")["input_ids"][:, :PREFILL]
-    bf16 = load_model(options.model, progress=False)[0].to(torch.bfloat16)
-    models = {"fp32": plain, "bf16": bf16, "packed": packed}
-    first, each = fastest(models, ids, prefill), fastest(models, ids, decode)
-    rows = {
-        name: {
-            "prefill tokens/s": round(PREFILL / first[name], 1),
-            "decode tokens/s": round(1 / each[name], 2),
-            "prefill x fp32": round(first["fp32"] / first[name], 2),
-            "decode x fp32": round(each["fp32"] / each[name], 2),
+    tokenizer = load_model(options.model, progress=False)[1]
+    folders = {"fp32": options.model, "bf16": options.model, "packed": options.quantized}
+    if options.compressed is not None:
+        folders["compressed-tensors in transformers"] = str(options.compressed)
+    if importlib.util.find_spec("torchao") is not None:
+        folders["torchao int8 dynamic, eager"] = options.model
+    models = {name: loaded(name, path) for name, path in folders.items()}
+    ids = tokenizer(TEXT.read_text(encoding="utf-8")[:20000], return_tensors="pt")["input_ids"]
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    rows: dict[str, dict[str, float]] = {name: {} for name in models}
+    for length in PREFILLS:
+        taken = fastest(models, lambda model: prefill(model, ids[:, :length], clock))  # noqa: B023  # run at once
+        for name, seconds in taken.items():
+            rows[name][f"prefill {length}, tokens/s"] = round(length / seconds, 1)
+            rows[name][f"prefill {length} x fp32"] = round(taken["fp32"] / seconds, 2)
+    taken = fastest(models, lambda model: decode(model, ids, clock))
+    baseline = footprint("", "", options.threads)[0]
+    for name, path in folders.items():
+        rows[name] |= {
+            "decode, tokens/s": round(1 / taken[name], 2),
+            "decode x fp32": round(taken["fp32"] / taken[name], 2),
         }
-        for name in models
-    }
-    size = sum(file.stat().st_size for file in Path(options.quantized).glob("*.safetensors")) / 2**20
-    baseline = peak("", options.threads)
-    used = peak(options.quantized, options.threads)
+        used, seconds = footprint(name, path, options.threads)
+        rows[name] |= {"load, CPU s": round(seconds, 2), "peak, MiB above the imports": round(used - baseline, 1)}
+        if Path(path).is_dir():
+            size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) / 2**20
+            rows[name] |= {
+                "MiB on disk": round(size, 1),
+                "peak over file and imports": round(used / (size + baseline), 3),
+            }
+    packed, fake = models["packed"], load_pair(options.quantized, "fake")[0]
+    if options.bits < 8:
+        packed, fake = narrowed(packed, options.bits), set_mode(narrowed(fake, options.bits), "fake")
     written = continuations(packed, tokenizer, TEXT, options.prompts, 64, options.tokens)
-    forced = agreement(fake, written)
+    other = continuations(fake, tokenizer, TEXT, options.prompts, 64, options.tokens)
+    alike = (written.tokens == other.tokens).double()
+    kernels = collections.Counter(m.kernel.kernel_name for m in packed.modules() if isinstance(m, QuantLinear))
     found = {
         "rows": rows,
-        "file_mib": round(size, 1),
-        "baseline_mib": baseline,
-        "peak_mib": used,
-        "peak_over_file_and_baseline": round(used / (size + baseline), 3),
-        "agreement": {"share_before_first_difference": round(forced.value, 4), **forced.detail},
+        "clock": "CPU" if options.threads == 1 else "wall",
+        "imports, MiB": baseline,
+        "agreement": {
+            "weight bits": options.bits,
+            "kernels": kernels,
+            "prompts": options.prompts,
+            "tokens each": options.tokens,
+            "equal positions": float(alike.mean()),
+            "before the first difference": float(alike.cumprod(1).mean()),
+        },
         "logits_difference_over_range": difference(packed, fake, ids[:, :128]),
     }
     print(json.dumps(found, indent=2))

@@ -1,8 +1,12 @@
-"""Sentences a second of a classifier: float torch, calib's kernels, calib's ONNX export, onnxruntime's own int8.
+"""Sentences a second of a classifier: float torch, calib's kernels, its ONNX export, onnxruntime's own int8, others.
 
 ``calib quantize MODEL --scheme w8a8-static --method os+ --data TRAIN.tsv --out QUANTIZED`` and ``calib export QUANTIZED
 --format onnx --out ONNX`` come first. Then ``python -m experiments.bench.runtime MODEL QUANTIZED ONNX`` times all on
-the same sentences, in turns, CPU time of the process, and compares their logits with float's on the whole test file.
+the same sentences, in turns, CPU time of the process (of two threads: wall time), and compares their logits with
+float's on the whole test file.
+``--compressed DIR`` adds a checkpoint that plain transformers loads (``calib quantize MODEL --scheme w8a8 --method
+smoothquant --format compressed-tensors --data TRAIN.tsv --out DIR``); torchao's own int8 runs where it is installed.
+All shapes have been seen before anything is timed.
 onnxruntime's static quantization sees as many sentences of the training file as calib saw. Loading and memory: a fresh
 process each, after all imports, that loads the files and answers once for 32 sentences.
 """
@@ -10,8 +14,10 @@ process each, after all imports, that loads the files and answers once for 32 se
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
+import re
 import statistics
 import subprocess
 import sys
@@ -26,16 +32,20 @@ import onnx
 import onnxruntime
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from transformers import AutoModelForSequenceClassification
 
 import calib
 from calib.data import batch_rows, encode_rows, read_labelled
 from calib.export.checkpoint import versions
 from calib.export.load import load_pair
 from calib.export.onnx import traced
+from calib.nn import Replay
+from experiments.bench.kernels import machine
 
 Batch = dict[str, torch.Tensor]
 Runner = Callable[[Batch], np.ndarray]
-CALIBRATION, TIMED, ROUNDS = 128, 48, 3
+CALIBRATION, TIMED, ROUNDS, SEEN = 128, 48, 3, 3
+SIZES = (1, 8, 32)
 HERE = Path(__file__).parent
 CHILD = """
 import json, sys, time, numpy, onnxruntime, torch, calib
@@ -56,7 +66,7 @@ print(json.dumps([took, peak_rss_mib() - before]))
 def torch_runner(model: Any) -> Runner:
     def run(batch: Batch) -> np.ndarray:
         with torch.inference_mode():
-            return model(**batch).logits.numpy()
+            return model(**batch).logits.float().numpy()
 
     return run
 
@@ -72,9 +82,18 @@ def onnx_runner(file: Path, threads: int) -> Runner:
 
 def loaded(what: str, path: str, threads: int) -> Runner:
     """The files of a row of the table, ready to run."""
-    if what == "torch fp32":
-        return torch_runner(load_pair(path, dtype=torch.float32)[0])
-    return torch_runner(calib.load(path)) if what == "calib packed" else onnx_runner(Path(path), threads)
+    if "onnxruntime" in what:
+        return onnx_runner(Path(path), threads)
+    if what.startswith("calib"):
+        model = calib.load(path)
+        return torch_runner(Replay(model) if "repeated" in what else model)
+    dtype = torch.bfloat16 if "bf16" in what else torch.float32
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype).eval()
+    if what.startswith("torchao"):
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return torch_runner(Replay(model) if "repeated" in what else model)
 
 
 def footprint(what: str, path: Path, threads: int) -> dict[str, float]:
@@ -115,26 +134,34 @@ def rivals(given: argparse.Namespace, model: Any, calibration: list[Batch], work
         activation_type=QuantType.QUInt8,
         **common,
     )
+    others = {} if given.compressed is None else {"compressed-tensors in transformers": given.compressed}
+    if importlib.util.find_spec("torchao") is not None:
+        others["torchao int8 dynamic, eager"] = given.model
     return {
         "torch fp32": given.model,
+        "torch fp32, repeated": given.model,
+        "torch bf16": given.model,
         "calib packed": given.quantized,
+        "calib packed, repeated": given.quantized,
         "calib in onnxruntime": given.onnx / "model.onnx",
         "onnxruntime fp32": work / "float.onnx",
         "onnxruntime int8 dynamic": work / "dynamic.onnx",
         "onnxruntime int8 static QDQ": work / "static.onnx",
+        **others,
     }
 
 
-def seconds_of(found: dict[str, Runner], batches: list[Batch]) -> dict[str, float]:
-    """Median over rounds of the CPU seconds that a pass over the batches takes; the runners in turns."""
+def seconds_of(found: dict[str, Runner], batches: list[Batch], threads: int) -> dict[str, float]:
+    """Median over rounds of the seconds that a pass over the batches takes; the runners in turns."""
+    clock = time.process_time if threads == 1 else time.perf_counter
     taken: dict[str, list[float]] = {name: [] for name in found}
-    for turn in range(ROUNDS + 1):
+    for turn in range(ROUNDS + SEEN):
         for name, run in found.items():
-            start = time.process_time()
+            start = clock()
             for batch in batches:
                 run(batch)
-            if turn:  # the first warms up
-                taken[name].append(time.process_time() - start)
+            if turn >= SEEN:  # those before warm up
+                taken[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
@@ -144,7 +171,13 @@ def main() -> None:
     parser.add_argument("quantized", type=Path)
     parser.add_argument("onnx", type=Path)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/sst2"))
+    parser.add_argument("--compressed", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="regular expression of rows; torch fp32 is always there")
+    parser.add_argument(
+        "--sentences", type=int, default=TIMED, help="timed at batch 1; of larger batches twice as many"
+    )
+    parser.add_argument("--tests", type=int, help="first test sentences for logits; default: all")
     parser.add_argument("--out", type=Path, default=HERE / "results-runtime.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -156,19 +189,20 @@ def main() -> None:
     table: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         files = rivals(given, model, list(batch_rows(first, tokenizer, 8)), Path(scratch))
+        files = {name: path for name, path in files.items() if name == "torch fp32" or re.search(given.only, name)}
         feet = {name: footprint(name, path, given.threads) for name, path in files.items()}
         found = {name: loaded(name, str(path), given.threads) for name, path in files.items()}
-        for size in (1, 32):
-            batches = list(batch_rows(rows[: TIMED * (1 if size == 1 else 2)], tokenizer, size))
+        for size in SIZES:
+            batches = list(batch_rows(rows[: given.sentences * (1 if size == 1 else 2)], tokenizer, size))
             count = sum(len(batch["input_ids"]) for batch in batches)
-            taken = seconds_of(found, batches)
+            taken = seconds_of(found, batches, given.threads)
             for name, seconds in taken.items():
                 row = table.setdefault(name, {})
                 row[f"sentences/s, batch {size}"] = count / seconds
                 row[f"x torch fp32, batch {size}"] = taken["torch fp32"] / seconds
-        tests = list(batch_rows(rows, tokenizer, 32))
+        tests = list(batch_rows(rows[: given.tests], tokenizer, 32))
         logits = {name: np.concatenate([run(batch) for batch in tests]) for name, run in found.items()}
-    truth = np.array(labels)
+    truth = np.array(labels[: given.tests])
     for name, values in logits.items():
         table[name]["logits MSE"] = float(np.square(values - logits["torch fp32"]).mean())
         table[name]["accuracy"] = float((values.argmax(1) == truth).mean())
@@ -177,7 +211,8 @@ def main() -> None:
     print("| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for name, row in table.items():
         print(f"| {name} | " + " | ".join(f"{value:.4g}" for value in row.values()) + " |")
-    about = {"versions": {**versions(), "onnxruntime": onnxruntime.__version__}, "threads": given.threads}
+    about: dict[str, Any] = {"tests": len(truth), "sentences": given.sentences}
+    about |= {"versions": {**versions(), "onnxruntime": onnxruntime.__version__}, "machine": machine()}
     given.out.write_text(json.dumps({**about, "rows": table}, indent=2) + "\n", encoding="utf-8")
 
 
