@@ -187,7 +187,7 @@ class Results:
         if str(seed) not in done:
             start = time.process_time()
             figures = measure()
-            done[str(seed)] = {**figures, "cpu_seconds": round(time.process_time() - start, 1)}
+            done[str(seed)] = {"cpu_seconds": round(time.process_time() - start, 1), **figures}
             self.save()
             print(name, f"seed {seed}", json.dumps(done[str(seed)]), flush=True)
         return done[str(seed)]
