@@ -20,6 +20,7 @@ import calib
 from calib import cli
 from calib.data import generate_windows
 from calib.errors import CalibError, InputError
+from calib.evaluate import perplexity
 from calib.nn import ActivationQuantizer, LowRankLinear, QuantLinear
 from calib.quantizers import AffineSpec, AnyWeight, DualBinarySpec, LevelSpec, straight
 from calib.recipe import Scheme
@@ -452,6 +453,21 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.slow
+def test_a_fresh_process_measures_what_the_tuned_model_does(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    model, low, text = folders
+    options = {"preset": "paretoq", "steps": 12, "lr": 1e-3, "samples": 16, "seq_len": 32, "batch_size": 2}
+    tuned = calib.tune(str(low), str(model), str(text), tmp_path / "out", progress=False, **options)  # type: ignore[arg-type]
+    here, start = (
+        perplexity(m, tuned.tokenizer, text, windows=8, seq_len=32).value for m in (tuned.model, calib.load(low))
+    )
+    ask = ["eval", str(tmp_path / "out"), "--data", str(text), "--windows", "8", "--seq-len", "32", "--json", "-q"]
+    made = subprocess.run([sys.executable, "-m", "calib", *ask], env=ENVIRONMENT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert json.loads(made.stdout.splitlines()[-1])["value"] == pytest.approx(here, rel=1e-6)
+    assert here < 0.97 * start, "training changed the figure"
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from torch import Tensor
 import calib
 from calib.data import read_labelled
 from calib.evaluate import classification
+from calib.export.hf import set_mode
 from calib.tuning import Terms
 from experiments.recovery import SHARED, Figures, Results
 from model_zoo.sources import load_model
@@ -42,6 +43,7 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def figures_of(model: torch.nn.Module, tokenizer: Any, reference: Tensor, labels: Tensor) -> Figures:
+    set_mode(model, "float")  # the grids' values, in float arithmetic: the quickest
     logits = classification(model, tokenizer, SST2 / "test.tsv").outputs
     assert logits is not None
     margin = (reference[:, 0] - reference[:, 1]).abs()
@@ -84,7 +86,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--figure", action="store_true")
