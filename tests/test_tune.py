@@ -281,16 +281,37 @@ def test_a_classifier_learns_from_a_table_of_labels(tmp_path: Path, byte_tokeniz
 
 def test_tbt_terms_reach_every_attention_of_an_encoder_decoder() -> None:
     student, teacher, batch = build("bart", 1), build("bart"), batches("bart")[0]
+    heard, said = torch.ones_like(batch["input_ids"]), torch.ones_like(batch["input_ids"])
+    heard[0, 5:], said[1, 9:] = 0, 0
+    batch |= {"attention_mask": heard, "decoder_attention_mask": said}  # of one shape: each counts for its own side
     terms = LOSSES["tbt"].model_copy(update={"logits": 0.0, "hidden": 0.0})
     with torch.no_grad():
         found = float(objective(student, teacher, terms)(batch))
         a, b = (m(**batch, output_attentions=True, use_cache=False) for m in (student, teacher))
     want = sum(
-        float((x - y).square().mean())
-        for name in ("encoder_attentions", "decoder_attentions", "cross_attentions")
+        float((x - y).square().mean((1, 3))[mask.bool()].mean())
+        for name, mask in (("encoder_attentions", heard), ("decoder_attentions", said), ("cross_attentions", said))
         for x, y in zip(a[name], b[name], strict=True)
     )
     assert found == pytest.approx(want, rel=1e-5)
+
+
+def test_an_encoder_decoder_learns_on_one_bit_inputs(tmp_path: Path) -> None:
+    """TBT's W1A1: signs of weights and inputs; what was learned is what the checkpoint computes."""
+    weights, inputs = GRIDS["binary, one-bit inputs"]
+    data, teacher = batches("bart", 4), build("bart")
+    scheme = Scheme(name="w1a1", weights=weights, inputs=inputs)
+    result = calib.quantize(build("bart"), scheme, "rtn", data, progress=False, format="calib")
+    tuned = calib.tune(result, teacher, data, tmp_path / "out", preset="tbt", steps=12, lr=1e-3, progress=False,
+                       verified=False)  # fmt: skip
+    assert sum(tuned.report["loss"][-4:]) < 0.95 * sum(tuned.report["loss"][:4])
+    again = calib.load(tmp_path / "out")
+    learned = [m for m in tuned.model.modules() if isinstance(m, QuantLinear)]
+    for ours, theirs in zip(learned, (m for m in again.modules() if isinstance(m, QuantLinear)), strict=True):
+        x = torch.randn(5, ours.in_features)
+        assert theirs.input.spec == inputs and torch.equal(theirs.input.on_grid(x), ours.input.on_grid(x))
+        assert torch.equal(theirs.dequantize(), ours.dequantize())
+        assert torch.allclose(theirs.set_mode("packed")(x), ours.set_mode("fake")(x), atol=1e-5)
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
