@@ -29,7 +29,7 @@ TRAINED = {
     "SEQ, searched": ("KD",),
 }
 RATES = {"wikitext": (1e-3, 3e-3), "stories": (1e-3,)}
-STEPS = {"wikitext": 50, "stories": 60}
+STEPS = {"wikitext": 40, "stories": 60}
 
 
 def grids(part: str) -> dict[str, AnyWeight]:

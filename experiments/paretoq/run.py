@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--figure", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    steps = {"stories": 60, "wikitext": 100}[args.part]
+    steps = 60
     results = Results(HERE / f"results-{args.part}.json", {"steps": steps, "batch": [16, 128]})
     if not args.figure:
         found = bench(args.part)
