@@ -4,9 +4,10 @@
     python -m experiments.paretoq.run wikitext           # a small Llama, trained first (minutes)
     python -m experiments.paretoq.run stories --figure
 
-Cells already in results-*.json are not run again. Rates are the better of two on validation windows with seed 0: those
+Cells already in results-*.json are not run again; --all adds those of ``max start``, where scales start from the
+largest weight of a row, as ParetoQ's do, instead of from the least squared error.
+Rates are the better of two on validation windows after 60 steps with seed 0: those
 of SEQ and the binary grid at 2 bits with SEQ, those of LSQ below 3 bits at 2 bits with LSQ, the others at 4 bits.
-``max start``: scales start from the largest weight of a row, as ParetoQ's do, instead of the least squared error.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from calib.tuning import Tuning, next_token_loss, tune, tune_recipe
 from experiments.recovery import Arm, Bench, Figures, Results, batches, bench, loss_on, run_arm
 
 HERE = Path(__file__).parent
+PROBED = 60  # steps after which rates are compared
+STEPS = {"stories": 60, "wikitext": 150}
 TERNARY = AffineSpec(2, symmetric=True, granularity="channel", range="mse")  # {-1, 0, 1}: what LSQ has at 1.58 bits
 GRIDS: dict[str, AnyWeight] = {
     "2 bit, SEQ": LevelSpec(kind="seq", levels=4),
@@ -47,9 +50,9 @@ def chosen_on(name: str) -> str:
     return "2 bit, LSQ" if "LSQ" in name else "2 bit, SEQ"
 
 
-def best_rate(results: Results, found: Bench, name: str, steps: int) -> float:
+def best_rate(results: Results, found: Bench, name: str) -> float:
     def valid(lr: float) -> float:
-        arm = Arm("", GRIDS[name], tune_recipe("paretoq", lr=lr, steps=steps))
+        arm = Arm("", GRIDS[name], tune_recipe("paretoq", lr=lr, steps=PROBED))
         cell = results.run(f"{name}, at rate {lr}", 0, partial(run_arm, found, arm, 0))
         return float(cell["valid"])
 
@@ -107,28 +110,27 @@ def main() -> None:
     parser.add_argument("part", choices=["stories", "wikitext"])
     parser.add_argument("--only", default="")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--figure", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    steps = 60
+    steps = STEPS[args.part]
     results = Results(HERE / f"results-{args.part}.json", {"steps": steps, "batch": [16, 128]})
     if not args.figure:
         found = bench(args.part)
         results.run("float", 0, lambda: {split: loss_on(found.model, ids)[0] for split, ids in found.held.items()})
-        rates = {probe: best_rate(results, found, probe, steps) for probe in RATES}
+        rates = {probe: best_rate(results, found, probe) for probe in RATES}
         results.settings["rates"] = rates
         for lr in sorted(set(rates.values())):
             results.run(f"float, trained on at rate {lr}", 0, partial(float_trained, found, lr, steps))
         for seed in range(args.seeds):
             for name, weights in GRIDS.items():
-                if args.only not in name:
+                if args.only not in name or ("max start" in name and not args.all):
                     continue
                 results.run(f"{name}, rounded", seed, partial(run_arm, found, Arm("", weights), seed))
                 lr = rates[chosen_on(name)]
-                probed = results.cells.get(f"{name}, at rate {lr}", {}).get(str(seed))
                 arm = Arm("", weights, tune_recipe("paretoq", lr=lr, steps=steps))
-                measure = partial(run_arm, found, arm, seed) if probed is None else partial(dict, probed)
-                results.run(f"{name}, trained", seed, measure)
+                results.run(f"{name}, trained", seed, partial(run_arm, found, arm, seed))
     recovered(results, "test")
     print(results.table(["bits", "test", "recovered", "movement"]))
     if args.figure:

@@ -18,7 +18,7 @@ from experiments.recovery import ROOT, SHARED, Figures
 from model_zoo.sources import load_model
 
 END, PAD, MASK, VOCABULARY = 2, 512, 513, 514  # stories260k's 512 tokens, and two more
-SHORTEST, LONGEST, ROWS = 12, 64, 32
+SHORTEST, LONGEST, ROWS = 12, 64, 16
 MASKED, DELETED = 0.15, 0.05
 Batch = dict[str, Tensor]
 
@@ -73,14 +73,26 @@ def inputs_of(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def trained_bart(steps: int = 2400, lr: float = 2e-3, folder: Path = ROOT / "out/small-bart") -> Any:
-    """Two layers a side, 128 wide, 1.0 million parameters: ten to fifteen minutes of a core."""
+@functools.cache
+def trained_bart(steps: int = 1500, lr: float = 1e-3, folder: Path = ROOT / "out/small-bart") -> Any:
+    """Two layers a side, 128 wide, 1.0 million parameters: six minutes of a core.
+
+    Cross-attention starts as a copy of what stands at the same position. From random weights it had not learned to look
+    at the encoder after 2,400 steps of 32 sentences: the model was a language model (8.7 of perplexity).
+    """
     if not folder.is_dir():
         torch.manual_seed(0)
         sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in SIDE.items()}
         ends = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": END, "decoder_start_token_id": END}
-        rest = {"d_model": 128, "max_position_embeddings": LONGEST, "forced_eos_token_id": None, "dropout": 0.0}
+        rest = {
+            "d_model": 128,
+            "max_position_embeddings": LONGEST,
+            "forced_eos_token_id": None,
+            "dropout": 0.0,
+            "init_std": 0.05,
+        }
         made = BartForConditionalGeneration(BartConfig(vocab_size=VOCABULARY, **sides, **ends, **rest)).eval()
+        copies_positions(made)
         groups = [(dict(made.named_parameters()), 1.0)]
         epochs = [batch for seed in range(4) for batch in drawn("train", steps, seed)]  # all of it, noised anew
         losses = tune(groups, objective(made, None, Terms(task=1)), epochs, Tuning(steps, lr=lr, warmup=0.05))
@@ -90,6 +102,16 @@ def trained_bart(steps: int = 2400, lr: float = 2e-3, folder: Path = ROOT / "out
 
 
 SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 512}
+
+
+@torch.no_grad()
+def copies_positions(model: Any) -> None:
+    """Cross-attention's projections start as identities, and both sides' positions as the same."""
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    decoder.embed_positions.weight.copy_(encoder.embed_positions.weight)
+    for layer in decoder.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            torch.nn.init.eye_(layer.encoder_attn.get_submodule(name).weight)
 
 
 @torch.no_grad()

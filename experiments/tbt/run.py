@@ -1,6 +1,6 @@
 """Ternary and binary weights with elastic activations (TBT) on a small encoder-decoder that restores sentences.
 
-    python -m experiments.tbt.run                        # trains the BART first (ten to fifteen minutes of a core)
+    python -m experiments.tbt.run                        # trains the BART first (six minutes of a core)
     python -m experiments.tbt.run --only W2A2 --figure
 
 Every linear of self-attention, cross-attention and the feed-forward parts has weights of 3 levels (W2, as TBT calls
@@ -104,7 +104,7 @@ def rounded(form: str, kind: str, seed: int) -> calib.Result:
     """What arms that differ in their training start from."""
     teacher = trained_bart()
     scheme = Scheme(name=form, weights=WEIGHTS[form[:2]][kind], inputs=INPUTS[form[2:]], attention=EIGHT)
-    data = [inputs_of(batch) for batch in drawn("train", 4, 100 + seed)]
+    data = [inputs_of(batch) for batch in drawn("train", 8, 100 + seed)]
     options = {"prefix": "none", "progress": False, "seed": seed, "inputs": "float", "sites": ("norm",)}
     result = calib.quantize(copy.deepcopy(teacher), scheme, "rtn", data, **options)  # type: ignore[arg-type]
     if form.endswith("A1"):
@@ -124,7 +124,7 @@ def measure(form: str, arm: str, seed: int, steps: int, lr: float) -> Figures:
 
 
 def figures_of(model: Any) -> Figures:
-    valid, test = drawn("valid", 6, 1), drawn("test", 12, 2)
+    valid, test = drawn("valid", 12, 1), drawn("test", 24, 2)
     return {"valid": perplexity(model, valid), "test": perplexity(model, test), **rouge(model, test[::4])}
 
 
@@ -155,9 +155,9 @@ def main() -> None:
     parser.add_argument("--figure", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = Results(HERE / "results-bart.json", {"steps": args.steps, "batch": "32 sentences of 12 to 64 tokens"})
+    results = Results(HERE / "results-bart.json", {"steps": args.steps, "batch": "16 sentences of 12 to 64 tokens"})
     results.run("float", 0, lambda: figures_of(trained_bart()))
-    results.run("noised text", 0, lambda: rouge(None, drawn("test", 12, 2)[::4]))
+    results.run("noised text", 0, lambda: rouge(None, drawn("test", 24, 2)[::4]))
 
     def valid(lr: float) -> float:
         cell = results.run(f"W2A2, TBT, at rate {lr}", 0, partial(measure, "W2A2", "TBT", 0, args.steps, lr))
