@@ -137,42 +137,55 @@ def rounded(bench: Bench, weights: AnyWeight, method: str, inputs: AffineSpec | 
 
 def run_arm(bench: Bench, arm: Arm, seed: int) -> Figures:
     """Rounded with 64 windows' statistics, trained on the others; figures on held-out windows."""
-    teacher, train = bench.model, bench.train(seed)
     result = copy.deepcopy(rounded(bench, arm.weights, arm.method, arm.inputs, seed))
     model, found = result.network, Figures()
     if arm.recipe is not None:
-        recipe = arm.recipe
-        floats, _ = latent_weights(model, teacher, result._manifest())
-        names = ("steps", "lr", "warmup", "decay", "clip")
-        training = Training(model, recipe.trainable, floats if "all" in recipe.trainable else {})
-        value = objective(model, teacher, recipe.loss)
-        settings = Tuning(**{name: getattr(recipe, name) for name in names}, seed=seed)
-        groups = [
-            ({n: p for n, p in group.items() if arm.elastic or not n.endswith("input_factor")}, rate)
-            for group, rate in training.groups
-        ]
-        losses = tune(
-            [each for each in groups if each[0]], value, batches(train), settings, after_step=training.project
-        )
-        latents = {name: m.latent.detach() for name, m in training.linears.items() if m.latent is not None}
-        if latents:
-            moved = sum(float((w - floats[name].detach()).square().sum()) for name, w in latents.items())
-            whole = sum(float(floats[name].detach().square().sum()) for name in latents)
-            found["movement"] = math.sqrt(moved / whole)
-        training.settle()
-        found |= {"training_loss": [losses[0], sum(losses[-10:]) / 10], "trained": training.parameters}
-    linears = [m for m in model.modules() if isinstance(m, calib.nn.QuantLinear)]
-    sizes = [m.in_features * m.out_features for m in linears]
-    bits = [bits_of(m) for m in linears]
+        found = trained(result, bench.model, batches(bench.train(seed)), arm.recipe, seed, arm.elastic)
     set_mode(model, "float")
     for split, ids in bench.held.items():
         found[split], _, found[f"{split}_uncertain_kl"] = loss_on(model, ids, bench.answers[split])
-    return {**found, "bits": sum(b * n for b, n in zip(bits, sizes, strict=True)) / sum(sizes)}
+    return {**found, "bits": bits_of(model)}
 
 
-def bits_of(module: calib.nn.QuantLinear) -> float:
-    shape, spec = (module.out_features, module.in_features), module.weight_spec
-    return bits_per_weight(shape, spec, 16) if isinstance(spec, AffineSpec) else spec.bits_per_weight(shape)
+def trained(
+    result: calib.Result,
+    teacher: PreTrainedModel,
+    data: list[dict[str, Tensor]],
+    recipe: TuneRecipe,
+    seed: int,
+    elastic: bool = True,
+) -> Figures:
+    """Train the result's network in place, by the steps of calib.tune, but for the input scales that may be held;
+    its losses, and how far its weights moved from the float ones, of their norm."""
+    model, found = result.network, Figures()
+    floats, _ = latent_weights(model, teacher, result._manifest())
+    names = ("steps", "lr", "warmup", "decay", "clip")
+    training = Training(model, recipe.trainable, floats if "all" in recipe.trainable else {})
+    value = objective(model, teacher, recipe.loss)
+    settings = Tuning(**{name: getattr(recipe, name) for name in names}, seed=seed)
+    groups = [
+        ({n: p for n, p in group.items() if elastic or not n.endswith("input_factor")}, rate)
+        for group, rate in training.groups
+    ]
+    losses = tune([each for each in groups if each[0]], value, data, settings, after_step=training.project)
+    latents = {name: m.latent.detach() for name, m in training.linears.items() if m.latent is not None}
+    if latents:
+        moved = sum(float((w - floats[name].detach()).square().sum()) for name, w in latents.items())
+        whole = sum(float(floats[name].detach().square().sum()) for name in latents)
+        found["movement"] = math.sqrt(moved / whole)
+    training.settle()
+    return {**found, "training_loss": [losses[0], sum(losses[-10:]) / 10], "trained": training.parameters}
+
+
+def bits_of(model: torch.nn.Module) -> float:
+    """Bits a weight of the quantized linears, scales in fp16 included."""
+    bits, weights = 0.0, 0
+    for module in model.modules():
+        if isinstance(module, calib.nn.QuantLinear):
+            shape, spec = (module.out_features, module.in_features), module.weight_spec
+            each = bits_per_weight(shape, spec, 16) if isinstance(spec, AffineSpec) else spec.bits_per_weight(shape)
+            bits, weights = bits + each * math.prod(shape), weights + math.prod(shape)
+    return bits / weights
 
 
 class Results:
@@ -187,7 +200,7 @@ class Results:
         if str(seed) not in done:
             start = time.process_time()
             figures = measure()
-            done[str(seed)] = {**figures, "cpu_seconds": round(time.process_time() - start, 1)}
+            done[str(seed)] = {"cpu_seconds": round(time.process_time() - start, 1), **figures}
             self.save()
             print(name, f"seed {seed}", json.dumps(done[str(seed)]), flush=True)
         return done[str(seed)]

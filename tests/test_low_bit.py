@@ -273,6 +273,50 @@ def test_forward_and_gradients_match_the_golden(kind: str, levels: int) -> None:
         assert np.allclose(got.numpy(), want, rtol=1e-12, atol=1e-12)
 
 
+def differences(
+    kind: str, levels: int, low: float, high: float, w: Tensor, a: Tensor, up: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Central differences of sum(up x surrogate) in w [m, n] and a [m, 1]. The surrogate is what straight-through
+    estimation says the grid is around (w, a): codes and clipped elements held, w plus a times the distance, in steps,
+    from w to its level; of clipped elements, and of two levels, a times the level."""
+    q = w / a
+    if kind == "seq":
+        cell = ((q.clamp(-0.9999, 0.9999) + 1) / 2 * levels).floor()
+        unit, inside = (2 * cell + 1) / levels - 1, q.abs() <= 0.99
+    elif kind == "binary":
+        unit, inside = torch.where(q < 0, -1.0, 1.0).double(), q.abs() <= 1
+    else:
+        unit, inside = q.round().clamp(low, high), (q >= low) & (q <= high)
+
+    def surrogate(w_: Tensor, a_: Tensor) -> Tensor:
+        if kind == "binary":
+            return inside * (w_ - w) + a_ * unit
+        return torch.where(inside, w_ + a_ * (unit - q), a_ * unit)
+
+    step = 1e-6
+    by_w = up * (surrogate(w + step, a) - surrogate(w - step, a)) / (2 * step)
+    by_a = (up * (surrogate(w, a + step) - surrogate(w, a - step))).sum(1, keepdim=True) / (2 * step)
+    return by_w, by_a
+
+
+@pytest.mark.parametrize(
+    ("kind", "levels", "ends"), [*((k, n, (-(n // 2), n // 2 - 1)) for k, n in KINDS), ("affine", 4, (-9, 6))]
+)
+def test_gradients_match_finite_differences_of_the_surrogate(kind: str, levels: int, ends: tuple[int, int]) -> None:
+    w, up = torch.randn(5, 40, dtype=torch.float64), torch.randn(5, 40, dtype=torch.float64)
+    a = torch.rand(5, 1, dtype=torch.float64) * (0.4 if kind in ("lsq", "affine") else 1.5) + 0.2
+    want = differences(kind, levels, *ends, w, a, up)
+    w.requires_grad_(), a.requires_grad_()
+    if kind == "affine":
+        made = straight.affine(w, a, torch.tensor(1), AffineSpec(4, symmetric=False))
+    else:
+        made = straight.elastic_binary(w, a) if kind == "binary" else getattr(straight, kind)(w, a, levels)
+    largest = {"lsq": ends[1], "affine": 7}.get(kind, 1)
+    by_w, by_a = torch.autograd.grad(made, (w, a), up)
+    assert torch.allclose(by_w, want[0], rtol=1e-7, atol=1e-8)
+    assert torch.allclose(by_a * math.sqrt(200 * largest), want[1], rtol=1e-7, atol=1e-7), "over LSQ's gain"
+
+
 @pytest.mark.parametrize(("kind", "levels"), [k for k in KINDS if k[0] != "lsq" or k[1] > 4])
 def test_training_and_rounding_share_their_levels(kind: str, levels: int) -> None:
     weight = torch.randn(6, 64)

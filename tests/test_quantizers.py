@@ -91,6 +91,21 @@ def test_zero_rows_constant_rows_and_tiny_rows(symmetric: bool) -> None:
     assert torch.allclose(got[1:], x[1:], rtol=1e-6, atol=0)
 
 
+def test_one_bit_is_a_sign_and_nothing_is_zero() -> None:
+    spec, x = AffineSpec(1, granularity="tensor", range="mse"), torch.randn(50, 40)
+    scale, zero = qparams(*tensor_range(x, *minmax(x, spec), spec), spec)
+    assert float(scale) == pytest.approx(float(x.abs().mean()), rel=0.1), "where the squared error is least"
+    values = fake_quantize(torch.tensor([-3.0, -0.0, 0.0, 1e-3, torch.nan]), scale, zero, spec) / scale
+    assert values[:4].tolist() == [-1, 1, 1, 1] and bool(values[4].isnan())
+    assert torch.equal(decode(encode(x, scale, zero, spec), scale, zero, spec), fake_quantize(x, scale, zero, spec))
+    counted = AffineSpec(1, symmetric=False, granularity="tensor")
+    scale, zero = qparams(torch.tensor(0.0), torch.tensor(3.0), counted)
+    assert fake_quantize(torch.tensor([-1.0, 1.0, 2.0, 9.0]), scale, zero, counted).tolist() == [0, 0, 3, 3]
+    for wrong in ({"granularity": "token", "dynamic": True}, {"granularity": "channel"}):
+        with pytest.raises(InputError):
+            AffineSpec(1, **wrong)  # type: ignore[arg-type]
+
+
 def test_rounds_half_to_even() -> None:
     spec = AffineSpec(8, True, "tensor")
     one, zero = torch.ones(()), torch.zeros((), dtype=torch.int32)

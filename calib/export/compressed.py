@@ -134,6 +134,8 @@ def _format_reasons(weights: AnyWeight, spec: AffineSpec | None) -> list[str]:
         if not weights.symmetric and weights.granularity != "tensor":
             # transformers 5.23 expects unpacked what compressed-tensors 0.20 packs: its own files fail too
             reasons.append("zero points of packed weights, which transformers does not load")
+    elif spec.bits == 1:
+        reasons.append("one-bit activations")
     elif spec.symmetric and not _full_range(spec):
         reasons.append("symmetric activations on calib's narrow grid (its own uses the lowest code too)")
     elif spec.dynamic and spec.granularity not in ("token", "tensor"):

@@ -33,6 +33,7 @@ FORMAT = "onnx"
 FILE = "model.onnx"
 OPSET = 21  # the first with blocked and 4-bit DequantizeLinear
 DYNAMIC = "input ranges are dynamic, and QDQ has static ones"
+SIGNS = "one-bit inputs are signs, and QDQ rounds"
 EXPERTS = "experts are picked by indices that depend on the data, which a graph cannot trace"
 
 
@@ -42,6 +43,7 @@ def refusals(recipe: Recipe) -> list[str]:
     formats = dict.fromkeys([scheme.weights, *(each.weights for each in scheme.overrides)])
     reasons = list(dict.fromkeys(reason for weights in formats for reason in _weight_reasons(weights)))
     reasons += [DYNAMIC] if scheme.inputs is not None and scheme.inputs.dynamic else []
+    reasons += [SIGNS] if scheme.inputs is not None and scheme.inputs.binary else []
     reasons += ["attention is quantized"] if scheme.attention is not None or scheme.kv is not None else []
     reasons += ["a prefix stands before every input"] if recipe.prefixes else []
     return reasons + ([FLOAT_ROWS] if recipe.float_rows else [])
@@ -76,6 +78,8 @@ def _linear_reasons(module: QuantLinear) -> list[str]:
     reasons, spec = _weight_reasons(module.weight_spec), module.input.spec
     if spec is not None and spec.dynamic:
         reasons.append(DYNAMIC)
+    if spec is not None and spec.binary:
+        reasons.append(SIGNS)
     return reasons + ([FLOAT_ROWS] if module.input.watches_rows else [])
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calib.nn.activation import ActivationQuantizer
 from calib.nn.hadamard import block_hadamard
+from calib.quantizers import snapped
 
 BLOCK = 1 << 19  # activations quantized at a time: larger temporaries page-fault on every call, up to 5x
 _TOP_BIT = torch.tensor(-128, dtype=torch.int8)
@@ -69,7 +70,7 @@ def quantize_for(quantizer: ActivationQuantizer) -> Quantize:
     if scale is None or zero_point is None or quantizer.watches_rows or scale.device != device:
         return lambda x: quantized(quantizer, x)
     shift, rescale, hadamard = quantizer.shift, quantizer.rescale, quantizer.hadamard
-    step, qmin, qmax = max(1, BLOCK // quantizer.features), spec.qmin, spec.qmax
+    step = max(1, BLOCK // quantizer.features)
     # as tensors: wrapping a number costs another microsecond
     offset = None if spec.symmetric else zero_point.float()
 
@@ -88,7 +89,7 @@ def quantize_for(quantizer: ActivationQuantizer) -> Quantize:
         t = torch.div(t, scale) if t is x else t.div_(scale)
         if offset is not None:
             t.add_(offset)
-        return Codes(t.round_().clamp_(qmin, qmax).to(torch.int8), scale, zero_point, None)
+        return Codes(snapped(t, spec).to(torch.int8), scale, zero_point, None)
 
     return few
 

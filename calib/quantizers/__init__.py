@@ -10,6 +10,7 @@ from calib.quantizers.affine import (
     grouped,
     minmax,
     qparams,
+    snapped,
 )
 from calib.quantizers.dual_binary import DualBinarySpec
 from calib.quantizers.levels import LevelSpec
@@ -35,6 +36,7 @@ __all__ = [
     "pack_trits",
     "packed_width",
     "qparams",
+    "snapped",
     "tensor_range",
     "trits_width",
     "unpack",

@@ -2,7 +2,8 @@
 
 Codes are signed and fit int8: symmetric grids are narrow, [-(2^(b-1)-1), 2^(b-1)-1] with step absmax /
 (2^(b-1)-1); asymmetric grids use all 2^b codes, [-2^(b-1), 2^(b-1)-1], with an integer zero point. Every
-range is widened to hold 0.
+range is widened to hold 0. One bit is for static inputs: codes -1 and 1 (0 is 1) of a symmetric grid, {0, a} or
+{-a, 0} of an asymmetric one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class AffineSpec:
     percentile: float = 99.9
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
+        one_bit = self.bits == 1 and self.granularity == "tensor" and not self.dynamic
+        if not 2 <= self.bits <= 8 and not one_bit:
             raise InputError(f"affine int grids have 2 to 8 bits, got {self.bits}", "choose bits in 2..8")
         if (self.granularity == "group") != (self.group_size is not None):
             raise InputError(
@@ -54,12 +56,17 @@ class AffineSpec:
             raise InputError(f"percentile {self.percentile} is outside 50..100", "use e.g. 99.9")
 
     @property
+    def binary(self) -> bool:
+        """Whether codes are signs."""
+        return self.bits == 1 and self.symmetric
+
+    @property
     def qmin(self) -> int:
-        return -(2 ** (self.bits - 1)) + int(self.symmetric)
+        return -1 if self.binary else -(2 ** (self.bits - 1)) + int(self.symmetric)
 
     @property
     def qmax(self) -> int:
-        return int(2 ** (self.bits - 1)) - 1
+        return 1 if self.binary else int(2 ** (self.bits - 1)) - 1
 
     def with_(self, **changes: object) -> AffineSpec:
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -154,6 +161,13 @@ def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> 
     q = torch.div(grouped(x, spec).float(), scale)
     if not spec.symmetric:
         q.add_(zero_point.to(q.dtype))  # before rounding, as compressed-tensors does: it decides ties
+    return snapped(q, spec)
+
+
+def snapped(q: Tensor, spec: AffineSpec) -> Tensor:
+    """Codes, in place, of q in units of the scale, zero point added; NaN stays."""
+    if spec.binary:
+        return q.copy_(torch.where(q < 0, -1.0, torch.where(q >= 0, 1.0, q)))
     return q.round_().clamp_(spec.qmin, spec.qmax)
 
 

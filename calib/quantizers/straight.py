@@ -94,9 +94,12 @@ def lsq(weight: Tensor, a: Tensor, levels: int) -> Tensor:
 
 
 def affine(x: Tensor, a: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
-    """LSQ (arXiv 1902.08153) on an affine grid whose zero point is held: a (clip(round(x / a) + z) - z)."""
+    """LSQ (arXiv 1902.08153) on an affine grid whose zero point is held: a (clip(round(x / a) + z) - z). One bit with a
+    sign is ``elastic_binary``."""
+    if spec.binary:
+        return elastic_binary(x, a)
     zero = zero_point.to(x.dtype)
-    return _learned_step(x, a, spec.qmin - zero, spec.qmax - zero, _gain(x, spec.qmax))
+    return _learned_step(x, a, spec.qmin - zero, spec.qmax - zero, _gain(x, max(1, spec.qmax)))
 
 
 def elastic_binary(weight: Tensor, a: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import Discriminator, Tag
+from pydantic import AfterValidator, Discriminator, Tag
 
 from calib.quantizers.affine import AffineSpec
 from calib.quantizers.dual_binary import DualBinarySpec
@@ -18,9 +18,15 @@ def _format(value: Any) -> str:
     return "affine" if kind is None else "dual-binary" if kind == "dual-binary" else "levels"
 
 
+def _packs(spec: AffineSpec) -> AffineSpec:
+    if spec.bits == 1:
+        raise ValueError("an affine grid of one bit is for inputs; weights of one bit have the binary grid")
+    return spec
+
+
 AnyWeight: TypeAlias = AffineSpec | LevelSpec | DualBinarySpec
 WeightSpec: TypeAlias = Annotated[
-    Annotated[AffineSpec, Tag("affine")]
+    Annotated[AffineSpec, AfterValidator(_packs), Tag("affine")]
     | Annotated[LevelSpec, Tag("levels")]
     | Annotated[DualBinarySpec, Tag("dual-binary")],
     Discriminator(_format),

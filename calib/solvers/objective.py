@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from calib.quantizers import AffineSpec, AnyWeight, fake_quantize, fake_quantize_dynamic, qparams, weight_range
+from calib.quantizers import AffineSpec, AnyWeight, fake_quantize, fake_quantize_dynamic, qparams, snapped, weight_range
 from calib.quantizers.product import LONGEST, int_mm_refusal
 from calib.solvers.grid import rounded
 
@@ -105,7 +105,7 @@ class InputCodes:
             moved.div_(steps[-1])  # two divisions: the codes are then those of quantizers, ties included
             if not spec.symmetric:
                 moved.add_(zeros[-1])
-            codes[start : start + len(rows)] = moved.round_().clamp_(spec.qmin, spec.qmax)
+            codes[start : start + len(rows)] = snapped(moved, spec)
         return torch.cat(steps), torch.cat(zeros)
 
 

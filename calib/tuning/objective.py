@@ -87,7 +87,7 @@ def _distilled(terms: Terms, batch: Batch, got: Any, wanted: Any) -> list[Tensor
         students, teachers = (getattr(each, f"{stream}hidden_states", ()) or () for each in (got, wanted))
         if not students:
             continue
-        mask = _mask(batch, students[0].shape[:2])
+        mask = _mask(batch, students[0].shape[:2], stream)
         if terms.hidden:
             parts.append(terms.hidden * losses.hidden_mse(students, teachers, mask))
         if terms.contrast:
@@ -102,7 +102,7 @@ def _distilled(terms: Terms, batch: Batch, got: Any, wanted: Any) -> list[Tensor
     for name in ATTENTIONS if terms.attention else ():
         students, teachers = (getattr(each, name, ()) or () for each in (got, wanted))
         if students:
-            mask = _mask(batch, (students[0].shape[0], students[0].shape[2]))
+            mask = _mask(batch, (students[0].shape[0], students[0].shape[2]), name)
             parts.append(terms.attention * losses.attention_mse(students, teachers, mask))
     return parts
 
@@ -115,9 +115,9 @@ def _answer(output: Any) -> Tensor:
     return logits
 
 
-def _mask(batch: Batch, shape: tuple[int, ...]) -> Tensor | None:
-    """The mask of positions [B, T] that have this shape: of the decoder's, else of the encoder's."""
-    for name in ("decoder_attention_mask", "attention_mask"):
+def _mask(batch: Batch, shape: tuple[int, ...], stream: str = "") -> Tensor | None:
+    """The mask of positions [B, T] that have this shape: the encoder's of its own states, else the decoder's first."""
+    for name in ("decoder_attention_mask", "attention_mask")[stream.startswith("encoder") :]:
         if (mask := batch.get(name)) is not None and mask.shape == tuple(shape):
             return mask
     return None

@@ -4,23 +4,28 @@
     python -m experiments.paretoq.run wikitext           # a small Llama, trained first (minutes)
     python -m experiments.paretoq.run stories --figure
 
-Cells already in results-*.json are not run again. The learning rate was the better of 1e-3 and 3e-3 on validation
-windows, after 40 steps at 2 and 1.58 bits on ``stories``.
+Cells already in results-*.json are not run again; --all adds those of ``max start``, where scales start from the
+largest weight of a row, as ParetoQ's do, instead of from the least squared error.
+Rates are the better of two on validation windows after 60 steps with seed 0: those
+of SEQ and the binary grid at 2 bits with SEQ, those of LSQ below 3 bits at 2 bits with LSQ, the others at 4 bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from calib.quantizers import AffineSpec, AnyWeight, LevelSpec
-from calib.tuning import TuneRecipe, tune_recipe
-from experiments.recovery import Arm, Figures, Results, bench, loss_on, run_arm
+from calib.tuning import Tuning, next_token_loss, tune, tune_recipe
+from experiments.recovery import Arm, Bench, Figures, Results, batches, bench, loss_on, run_arm
 
 HERE = Path(__file__).parent
+PROBED = 60  # steps after which rates are compared
+STEPS = {"stories": 60, "wikitext": 150}
 TERNARY = AffineSpec(2, symmetric=True, granularity="channel", range="mse")  # {-1, 0, 1}: what LSQ has at 1.58 bits
 GRIDS: dict[str, AnyWeight] = {
     "2 bit, SEQ": LevelSpec(kind="seq", levels=4),
@@ -30,35 +35,71 @@ GRIDS: dict[str, AnyWeight] = {
     "1 bit, elastic": LevelSpec(kind="binary", levels=2),
     "3 bit, LSQ": LevelSpec(kind="lsq", levels=8),
     "4 bit, LSQ": LevelSpec(kind="lsq", levels=16),
+    "1.58 bit, SEQ, max start": LevelSpec(kind="seq", levels=3, range="published"),
+    "1.58 bit, LSQ, max start": TERNARY.with_(range="minmax"),
+    "2 bit, SEQ, max start": LevelSpec(kind="seq", levels=4, range="published"),
+    "2 bit, LSQ, max start": LevelSpec(kind="lsq", levels=4, range="published"),
 }
+RATES = {"2 bit, SEQ": (3e-3, 1e-3), "2 bit, LSQ": (3e-3, 1e-3), "4 bit, LSQ": (1e-3, 3e-4)}
 
 
-def recipe(lr: float, steps: int) -> TuneRecipe:
-    return tune_recipe("paretoq", lr=lr, steps=steps)
+def chosen_on(name: str) -> str:
+    """The grid whose validation loss chose this grid's rate."""
+    if name.startswith(("3", "4")):
+        return "4 bit, LSQ"
+    return "2 bit, LSQ" if "LSQ" in name else "2 bit, SEQ"
+
+
+def best_rate(results: Results, found: Bench, name: str) -> float:
+    def valid(lr: float) -> float:
+        arm = Arm("", GRIDS[name], tune_recipe("paretoq", lr=lr, steps=PROBED))
+        cell = results.run(f"{name}, at rate {lr}", 0, partial(run_arm, found, arm, 0))
+        return float(cell["valid"])
+
+    return min(RATES[name], key=valid)
+
+
+def float_trained(found: Bench, lr: float, steps: int) -> Figures:
+    """What the same steps do to the float model: how far it is from done, and how far its weights move."""
+    model = copy.deepcopy(found.model)
+    named = dict(model.named_parameters())
+    before = {name: p.detach().clone() for name, p in named.items()}
+    tune([(named, 1.0)], next_token_loss(model), batches(found.train(0)), Tuning(steps, lr=lr, warmup=0.0))
+    linears = [name for name in named if name.endswith("proj.weight")]
+    moved, whole = (sum(float((named[n] - b * before[n]).square().sum()) for n in linears) for b in (1, 0))
+    held = {split: loss_on(model, ids)[0] for split, ids in found.held.items()}
+    return {**held, "movement": (moved / whole) ** 0.5, "lr": lr}
 
 
 def recovered(results: Results, column: str) -> None:
-    """Adds the share of the gap between rounded and float that training closed, in nats."""
+    """Adds the share of the gap between rounded (scales searched) and float that training closed, in nats."""
     whole = results.cells["float"]["0"][column]
     for name in GRIDS:
         for seed, trained in results.cells.get(f"{name}, trained", {}).items():
-            gap = results.cells[f"{name}, rounded"][seed][column] - whole
-            trained["recovered"] = (results.cells[f"{name}, rounded"][seed][column] - trained[column]) / gap
+            start = results.cells[f"{name.removesuffix(', max start')}, rounded"][seed][column]
+            trained["recovered"] = (start - trained[column]) / (start - whole)
     results.save()
 
 
 def figure(results: Results, part: str) -> None:
     from matplotlib import pyplot
 
-    _, axes = pyplot.subplots(1, 2, figsize=(9, 3.5))
-    for column, axis in (("test", axes[0]), ("movement", axes[1])):
-        for kind in ("rounded", "trained"):
-            for name, cells in results.cells.items():
-                points = [(figures["bits"], figures[column]) for figures in cells.values() if column in figures]
-                if name.endswith(kind) and points:
-                    axis.scatter(*zip(*points, strict=True), marker="ox"[kind == "trained"], label=name)
-        axis.set(xlabel="bits a weight, scales included", ylabel={"test": "test loss, nats"}.get(column, column))
-    axes[0].axhline(results.cells["float"]["0"]["test"], linestyle=":", color="black")
+    _, axes = pyplot.subplots(1, 3, figsize=(13, 4))
+    for name in GRIDS:
+        levels = float(name.split(" ")[0])
+        for column, axis in (("test", axes[0]), ("movement", axes[1]), ("recovered", axes[2])):
+            for kind, marker in (("rounded", "o"), ("trained", "x")):
+                cells = results.cells.get(f"{name}, {kind}", {}).values()
+                values = [figures[column] for figures in cells if column in figures]
+                if values and (kind == "trained" or "max start" not in name):
+                    axis.plot([levels] * len(values), values, marker, label=f"{name}, {kind}")
+    whole = results.cells["float"]["0"]["test"]
+    axes[0].axhline(whole, linestyle=":", color="black")
+    axes[0].set(ylabel="test loss, nats (dotted: float)", yscale="log")
+    axes[1].set(ylabel="||W trained - W float|| / ||W float||")
+    axes[2].set(ylabel="share of the gap recovered", ylim=(0, None))
+    for axis in axes:
+        axis.set(xlabel="bits")
     axes[0].legend(fontsize=5)
     pyplot.tight_layout()
     pyplot.savefig(HERE / f"bits-{part}.png", dpi=120)
@@ -69,25 +110,27 @@ def main() -> None:
     parser.add_argument("part", choices=["stories", "wikitext"])
     parser.add_argument("--only", default="")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--figure", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = Results(HERE / f"results-{args.part}.json", {"steps": args.steps, "lr": args.lr, "batch": [16, 128]})
+    steps = STEPS[args.part]
+    results = Results(HERE / f"results-{args.part}.json", {"steps": steps, "batch": [16, 128]})
     if not args.figure:
         found = bench(args.part)
-
-        def whole() -> Figures:
-            return {split: loss_on(found.model, ids)[0] for split, ids in found.held.items()}
-
-        results.run("float", 0, whole)
+        results.run("float", 0, lambda: {split: loss_on(found.model, ids)[0] for split, ids in found.held.items()})
+        rates = {probe: best_rate(results, found, probe) for probe in RATES}
+        results.settings["rates"] = rates
+        for lr in sorted(set(rates.values())):
+            results.run(f"float, trained on at rate {lr}", 0, partial(float_trained, found, lr, steps))
         for seed in range(args.seeds):
             for name, weights in GRIDS.items():
-                if args.only in name:
-                    for kind, trained in (("rounded", None), ("trained", recipe(args.lr, args.steps))):
-                        arm = Arm(f"{name}, {kind}", weights, trained)
-                        results.run(arm.name, seed, partial(run_arm, found, arm, seed))
+                if args.only not in name or ("max start" in name and not args.all):
+                    continue
+                results.run(f"{name}, rounded", seed, partial(run_arm, found, Arm("", weights), seed))
+                lr = rates[chosen_on(name)]
+                arm = Arm("", weights, tune_recipe("paretoq", lr=lr, steps=steps))
+                results.run(f"{name}, trained", seed, partial(run_arm, found, arm, seed))
     recovered(results, "test")
     print(results.table(["bits", "test", "recovered", "movement"]))
     if args.figure:
