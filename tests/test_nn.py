@@ -364,9 +364,9 @@ def test_packed_modules_are_freed_at_once() -> None:
         module(torch.randn(2, 32))
         gc.disable()
         try:
-            alive = weakref.ref(module)
+            alive = [weakref.ref(each) for each in (module, module._kernel, module.input)]
             del module
-            assert alive() is None
+            assert all(each() is None for each in alive)
         finally:
             gc.enable()
 

@@ -110,10 +110,7 @@ def _integer(module: QuantLinear, exact: bool, reason: str) -> Kernel:
     float_rows = _tiled(module) if quantizer.watches_rows else None
     reader = _Exact(module) if exact else _Integer(module)
 
-    def run(x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():  # entered by hand: the decorator costs a tenth of a small layer
-            with torch.no_grad():
-                return run(x)
+    def multiply(x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x.new_zeros(*x.shape[:-1], out)
         codes, y = read(reader, x)
@@ -122,6 +119,12 @@ def _integer(module: QuantLinear, exact: bool, reason: str) -> Kernel:
         if float_rows is not None and codes.outside is not None:
             y[codes.outside] = float_rows(quantizer.transform(x.reshape(-1, columns)[codes.outside]))
         return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
+
+    def run(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # entered by hand: the decorator costs a tenth of a small layer
+            with torch.no_grad():
+                return multiply(x)
+        return multiply(x)
 
     cpu = module.weight_scale.device.type == "cpu"
     return _named(run, "exact" if exact else "int8 qlinear" if cpu else "int8 int_mm", reason)
