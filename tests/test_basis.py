@@ -153,7 +153,7 @@ def test_ranks_are_the_best_under_the_budget() -> None:
     options = []  # rank, cost, kept energy
     for (out, n), energy, weight in zip(shapes, energies, weights, strict=True):
         total = float(energy.sum())
-        kept = [weight * total * math.log(float(energy[:r].sum()) / total) for r in range(1, len(energy) + 1)]
+        kept = [(weight * total) ** 2 * math.log(float(energy[:r].sum()) / total) for r in range(1, len(energy) + 1)]
         low = [(r, r * (out + n), kept[r - 1]) for r in range(1, len(energy) + 1)]
         dense = (None, out * n, 0.0)
         options.append([option for option in low if option[1] < out * n] + [dense])

@@ -142,7 +142,9 @@ def smollm2(arm: Arm | None, args: argparse.Namespace) -> dict[str, Any]:
         return {"perplexity": perplexity(model, tokenizer, test, windows=args.windows).value}
     options = {"samples": args.samples, "seq_len": 512, "seed": args.seed, **arm.options}
     scheme = Scheme(name=arm.name, weights=arm.weights)
-    result = calib.quantize("smollm2-135m", scheme, arm.method, WIKITEXT / "valid.txt", progress=False, **options)
+    result = calib.quantize(
+        "smollm2-135m", scheme, arm.method, WIKITEXT / "valid.txt", progress=False, report=False, **options
+    )
     set_mode(result.model, "packed")
     found = perplexity(result.model, result.tokenizer, test, windows=args.windows)
     return {"perplexity": found.value, "ci95": found.ci95, **cost(result, arm)}
@@ -156,7 +158,7 @@ def minilm(arm: Arm | None, args: argparse.Namespace) -> dict[str, Any]:
         return {"accuracy": reference.value, "ci95": reference.ci95}
     scheme = Scheme(name=arm.name, weights=arm.weights)
     options = {"seed": args.seed, **arm.options}
-    result = calib.quantize(folder, scheme, arm.method, SST2 / "train.tsv", progress=False, **options)
+    result = calib.quantize(folder, scheme, arm.method, SST2 / "train.tsv", progress=False, report=False, **options)
     set_mode(result.model, "packed")
     found = classification(result.model, result.tokenizer, SST2 / "test.tsv")
     error = float((found.outputs - reference.outputs).square().mean())
