@@ -97,12 +97,16 @@ def test_what_cannot_be_repeated_runs_the_model() -> None:
                 return x + self.count.add_(1)
             if self.kind == "rows":
                 return x[x[:, 0] > 0].sum(0) / max(1, len(x[x[:, 0] > 0]))
+            if self.kind == "hidden":
+                with torch._C.DisableTorchFunction():
+                    y = x * 2
+                return x + y
             if self.kind == "random":
                 return x + torch.rand_like(x)
             self.kept = x if self.kept is None else self.kept
             return x + self.kept
 
-    for kind in ("array", "count", "rows", "random", "kept"):
+    for kind in ("array", "count", "rows", "random", "kept", "hidden"):
         model, replay = Odd(kind).eval(), Replay(Odd(kind).eval())
         with torch.no_grad():
             for turn in range(6):

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from calib.nn.linear import QuantLinear
 
 SHAPES = 64  # programs held; those of the shape longest known go first
+OTHERWISE = "repeated, it answers otherwise"
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 # What Python may ask of a tensor without looking at its values: as fixed as its shape.
 PROPERTIES = "shape dtype device ndim layout requires_grad grad_fn is_leaf is_cpu is_cuda is_meta is_sparse _version"
@@ -70,6 +71,9 @@ class _Recorder(TorchFunctionMode):
         self.calls.append(_Call(func, args, kwargs, result, ids, made, writes))
         return result
 
+    def made(self) -> set[int]:
+        return {id(each) for call in self.calls for each in call.made}
+
 
 # function, getters of its arguments, names and places of others, place of the result, places that are done with
 _Step = tuple[Callable[..., Any], Callable[[list[Any]], Any], tuple[tuple[str, int], ...] | None, int, tuple[int, ...]]
@@ -96,7 +100,7 @@ class _Program:
 
     def __init__(self, recorder: _Recorder, inputs: list[Tensor], outputs: Any, model: nn.Module) -> None:
         self.trusted = False
-        self._local = {id(each) for call in recorder.calls for each in call.made}
+        self._local = recorder.made()
         if any(id(each) not in self._local and _version(each) != was for each, was in recorder.first.values()):
             raise _Unfit("it writes into tensors that it did not make")
         leaves, self.structure = pytree.tree_flatten(outputs)
@@ -195,7 +199,7 @@ class Replay:
 
     ``Replay(model)(**batch)`` returns what ``model(**batch)`` does, for encoders and classifiers in eval mode under
     ``no_grad`` or ``inference_mode``, whose inputs are tensors and plain values. Of each shape the first call runs the
-    model, the second records (it runs two more times), the third is compared with the model, later ones repeat.
+    model, the second records (it runs three more times), the third is compared with the model, later ones repeat.
     Everything else runs the model itself: gradients, autocast, a cache in the output, a forward that keeps state,
     values that steered Python and differ now (padding after none). A weight, mode or dtype that changed is noticed and
     the calls are recorded anew; a hook or a config that changed is not: then call ``forget``. Threads may share it; a
@@ -234,26 +238,31 @@ class Replay:
             if found is not None:
                 program.trusted = all(map(_same, found, pytree.tree_leaves(result)))
                 if not program.trusted:
-                    known[key] = "repeated, it answers otherwise"
+                    known[key] = OTHERWISE
         return result
 
     def _record(self, args: Any, kwargs: Any) -> _Program | str:
         """Outside inference mode, where tensors have versions; on copies, of which no layer has kept anything."""
         with torch.inference_mode(False), torch.no_grad():
-            copies = [pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)) for _ in range(3)]
-            self.model(*copies[0][0], **copies[0][1])  # settles what layers prepare on their way
-            with _Recorder() as recorder, _Shapes() as shapes:
-                outputs = self.model(*copies[1][0], **copies[1][1])
+            first, second, other = (
+                pytree.tree_map_only(Tensor, turn, (args, kwargs)) for turn in (_copy, _copy, _rolled)
+            )
             try:
+                with _Recorder() as before:  # settles what layers prepare on their way
+                    self.model(*first[0], **first[1])
+                with _Recorder() as recorder, _Shapes() as shapes:
+                    outputs = self.model(*second[0], **second[1])
                 if shapes.found:
                     raise _Unfit(f"values decide the shape of what {shapes.found} returns")
-                program = _Program(recorder, _tensors(copies[1]), outputs, self.model)
-                again = program.run(*_tensors(copies[2]))
-            except (_Unfit, RuntimeError, TypeError, NameError) as why:
-                return str(why)
-        if again is None or not all(map(_same, again, pytree.tree_leaves(outputs))):
-            return "repeated, it answers otherwise"
-        return program
+                inputs = _tensors(second)
+                lasting = before.first.keys() | before.made() | recorder.made() | {id(each) for each in inputs}
+                if recorder.first.keys() - lasting:
+                    raise _Unfit("tensors come from what is no torch call")
+                program = _Program(recorder, inputs, outputs, self.model)
+                found, want = program.run(*_tensors(other)), pytree.tree_leaves(self.model(*other[0], **other[1]))
+            except Exception as why:  # whatever it is, the model has answered and goes on answering
+                return f"{type(why).__name__}: {why}"
+        return program if found is None or all(map(_same, found, want)) else OTHERWISE
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model}
@@ -312,6 +321,15 @@ def _version(each: Tensor) -> int:
 
 def _shape(each: Any) -> Hashable:
     return (each.shape, each.stride(), each.dtype, each.device) if isinstance(each, Tensor) else (type(each), each)
+
+
+def _copy(each: Tensor) -> Tensor:
+    return each.clone()
+
+
+def _rolled(each: Tensor) -> Tensor:
+    """Other values, as fit for the model: a mask keeps its length, an id is one of the vocabulary."""
+    return each.roll(1, -1) if each.dim() else each.clone()
 
 
 def _same(a: Any, b: Any) -> bool:
