@@ -10,7 +10,8 @@ probabilities enter attention on 8 bits in every arm: calib has no static grid t
 
 RTN is rounded with searched scales. TWN (two levels: the row's mean) and TBT are trained alike, with TBT's losses; TWN
 holds the input scales, which were searched on the float model's activations, and TBT's learn. ``TBT, held inputs`` and
-``TWN, elastic inputs`` have it the other way round. The rate is the better of two on validation sentences, W2A2, TBT, seed 0.
+``TWN, elastic inputs`` have it the other way round. The rate is the better of two on validation sentences, W2A2, TBT,
+seed 0.
 """
 
 from __future__ import annotations
