@@ -107,7 +107,7 @@ class RecipeOptions:
         "quantized"
     )
     bias_correction: Annotated[
-        bool, Option("--bias-correction", help="Make good in the biases what rounding moves the mean output by.")
+        bool, Option("--bias-correction", help="Make good in the biases what rounding moves the outputs by on average.")
     ] = False
     float_rows: Annotated[
         float, Option(min=0.0, max=1.0, help="Share of rows left out of static ranges and run in float.")

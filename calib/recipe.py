@@ -122,7 +122,8 @@ class Recipe(_Data):
     plain output of its linears (``output``).
     prefix: ``auto`` looks for massive first-token activations under static grids, ``on`` under any; ``none``; or the
     token ids.
-    bias_correction: add what rounding the weights moves the mean output by to the biases.
+    bias_correction: add what rounding the weights moves the output by to the biases, averaged over sampled tokens,
+    massive ones weighing little.
     float_rows: share of rows (the largest) that a static range leaves out and that run in float; 0 is off.
     refine: steps that learn a block's rounding and clipping from its output error, once it is rounded; 0: off.
     inputs: whether a block is calibrated on what the quantized blocks before it produce, or on float.

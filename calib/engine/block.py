@@ -225,7 +225,7 @@ class BlockCalibration:
                     **rounded.get(path, {}),
                 )
                 if self.recipe.bias_correction:
-                    added = bias_correction(linear.weight, module.dequantize(), moments.mean).to(module.dtype)
+                    added = bias_correction(weight, module.dequantize(), state.sample.rows).to(module.dtype)
                     module.bias = added if module.bias is None else module.bias + added
                 if self.low_rank is not None and not self.low_rank.method.truncates:
                     module = self.low_rank.compensated(module, weight, state, moments)

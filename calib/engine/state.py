@@ -41,7 +41,7 @@ class SiteState:
         self.sample = RowSample(n, EXACT_ROWS, seed=recipe.seed)
         self.quantile = Quantile()
         self.moments = [Moments(n, gram) for _ in site.groups]
-        self.needs_moments = gram or recipe.bias_correction or any(spec.range == "mse" for spec in weights)
+        self.needs_moments = gram or any(spec.range == "mse" for spec in weights)
         self.tokens = [0] * len(site.groups)
         self.head = torch.empty(0, n)  # the first rows, in order, for the picture
         self.shift: Tensor | None = None

@@ -46,9 +46,12 @@ def rounded(weight: Tensor, spec: AnyWeight, importance: Tensor | None = None) -
     return level_codes(weight.float(), scale, spec), scale, zero_point
 
 
-def bias_correction(weight: Tensor, quantized: Tensor, mean: Tensor) -> Tensor:
-    """What to add to the bias, [out]: (W - What) E[x], for weight and its quantized values [out, in], mean [in].
+def bias_correction(weight: Tensor, quantized: Tensor, rows: Tensor) -> Tensor:
+    """What to add to the bias, [out]: the b that makes the sum over rows x of ||(W - What) x - b||^2 / ||W x||^2 least.
 
-    The output's mean over the calibration rows is then that of the float weight.
+    weight and its quantized values [out, in], rows [T, in]. It is the mean of (W - What) x, each row weighed by one
+    over its output's energy: in a plain mean a few massive tokens move the bias that all others then carry.
     """
-    return (weight.double() - quantized.double()) @ mean.double()
+    w, x = weight.double(), rows.double()
+    weighed = 1 / (x @ w.T).square().sum(1).clamp(min=1e-12)
+    return (w - quantized.double()) @ ((weighed @ x) / weighed.sum())

@@ -5,6 +5,7 @@
     python experiments/basel/run.py cost        # the training-free selection through calib.quantize, timed
     python experiments/basel/run.py tiny        # Basel against SVD-LLM + the same steps, on stories260k, 3 seeds
     python experiments/basel/run.py grid        # all arms, ratios and targets on smollm2-135m: hours
+    python experiments/basel/run.py exact       # can it do the task at all: GSM8K answers got right
     python experiments/basel/run.py figure      # of what has been run
 
 Every finished cell is kept in results-<part>.json and skipped on the next run; --only TEXT runs the cells that hold it.
@@ -383,7 +384,7 @@ def grid(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]
             for module in model.modules():
                 if isinstance(module, calib.nn.QuantLinear):
                     module.set_mode("packed")
-        test = {d: windows(tokenizer, d, "test", 20, args.length) for d in {target, "wikitext-2", "gsm8k", "mbpp"}}
+        test = {d: windows(tokenizer, d, "test", args.tests, args.length) for d in ("wikitext-2", "gsm8k", "mbpp")}
         start = time.perf_counter()
         losses = {domain: loss_on(model, ids) for domain, ids in test.items()}
         rate = sum(ids.numel() for ids in test.values()) / (time.perf_counter() - start)
@@ -401,6 +402,30 @@ def grid(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]
             wrong = "mbpp" if target == "gsm8k" else "gsm8k"
             name = f"{target}: {keep} global, calibrated on {wrong}"
             yield name, lambda t=target, w=wrong, k=keep: run(ARMS[4], t, w, k, 0)  # type: ignore[misc]
+
+
+def exact(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]]:
+    """Greedy answers to GSM8K's first test questions, after four solved ones of its training split."""
+    shots, asked = ([json.loads(line) for line in (SHARED / f"data/gsm8k/{s}.jsonl").open()] for s in ("train", "test"))
+    solved = "".join(f"{row['question']}\n{row['answer']}\n\n" for row in shots[:4])
+
+    def run(keep: float | None) -> Figures:
+        model, tokenizer = smollm2()
+        if keep is not None:
+            data = in_batches(windows(tokenizer, "gsm8k", "train", args.samples, args.length), 4)
+            model = calib.quantize(model, "none", "low_rank", data, progress=False, keep=keep).model
+        right, greedy = 0, {"do_sample": False, "max_new_tokens": 120, "stop_strings": "\n\n", "tokenizer": tokenizer}
+        for row in asked[: args.questions]:
+            ids = torch.tensor([tokenizer(solved + row["question"] + "\n")["input_ids"]])
+            with torch.no_grad():
+                told = model.generate(ids, **greedy)
+            answer = tokenizer.decode(told[0, ids.shape[1] :]).partition("####")[2].split()
+            right += answer[:1] == [row["answer"].partition("####")[2].strip()]
+        return {"right": right, "questions": args.questions}
+
+    yield "float", lambda: run(None)
+    for keep in (0.9, 0.7):
+        yield f"{keep} global", lambda k=keep: run(k)  # type: ignore[misc]
 
 
 def figure() -> None:
@@ -430,7 +455,7 @@ def figure() -> None:
     plt.savefig(HERE / "quality-size.svg", metadata={"Date": None})
 
 
-PARTS = {"layers": layers, "selection": selection, "cost": cost, "tiny": tiny, "grid": grid}
+PARTS = {"layers": layers, "selection": selection, "cost": cost, "tiny": tiny, "grid": grid, "exact": exact}
 
 
 def main() -> None:
@@ -439,6 +464,8 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--tests", type=int, default=10, help="test windows of each domain in the grid")
+    parser.add_argument("--questions", type=int, default=50)
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 14, 24])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=1e-3)
