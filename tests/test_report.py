@@ -81,6 +81,7 @@ def stands_alone(text: str) -> None:
         for name in ("href", "src", "action", "xlink:href"):
             assert (attributes.get(name) or "data:").startswith("data:image/png;base64,") or name not in attributes
     assert "url(" not in text and "@import" not in text and "default-src 'none'" in text
+    text = re.sub(r"data:image/png;base64,[\w+/=]*", "", text)  # where any letters may stand
     assert "NaN" not in text and "nan" not in re.findall(r'="[^"]*\b(nan|inf)\b', text)
 
 

@@ -120,13 +120,13 @@ class QdqLinear(nn.Module):
         shape = (1, 1) if module.weight_spec.granularity == "tensor" else (module.out_features, -1)
         scale = module.weight_scale.float().reshape(shape).expand(module.out_features, -1)
         zero = module.weight_zero_point
-        zero = torch.zeros_like(scale) if zero is None else zero.reshape(shape).expand(module.out_features, -1)
         groups = scale.shape[1]
         self.axis = {"axis": 1} if groups == 1 else {"axis": 0, "block_size": module.in_features // groups}
-        scale, zero = (t.squeeze(1) if groups == 1 else t.T for t in (scale, zero))
-        self.register_buffer("weight_scale", scale.contiguous())
+        self.register_buffer("weight_scale", (scale.squeeze(1) if groups == 1 else scale.T).contiguous())
         self.register_buffer(f"{self.stored}_codes", codes)
-        self.register_buffer(f"{self.stored}_zero", zero.to(torch.int8).contiguous())
+        if zero is not None and bool(zero.any()):  # zeros alike are merged by the tracer, which onnxruntime cannot undo
+            zero = zero.reshape(shape).expand(module.out_features, -1).to(torch.int8)
+            self.register_buffer(f"{self.stored}_zero", (zero.squeeze(1) if groups == 1 else zero.T).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shift is not None:
@@ -140,9 +140,9 @@ class QdqLinear(nn.Module):
             x = x if self.clip is None else x.clamp(*self.clip)
             codes = _symbolic("QuantizeLinear", (x, self.scale, self.zero), torch.uint8, x.shape)
             x = _symbolic("DequantizeLinear", (codes, self.scale, self.zero), x.dtype, x.shape)
-        weight, zero = self.get_buffer(f"{self.stored}_codes"), self.get_buffer(f"{self.stored}_zero")
-        shape = weight.shape
-        weight = _symbolic("DequantizeLinear", (weight, self.weight_scale, zero), x.dtype, shape, self.axis)
+        weight, zero = self.get_buffer(f"{self.stored}_codes"), getattr(self, f"{self.stored}_zero", None)
+        given = (weight, self.weight_scale) if zero is None else (weight, self.weight_scale, zero)
+        weight = _symbolic("DequantizeLinear", given, x.dtype, weight.shape, self.axis)
         y = x @ weight
         y = y if self.bias is None else y + self.bias
         return y if extra is None else y + extra

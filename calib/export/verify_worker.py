@@ -90,6 +90,7 @@ def onnxruntime_answer(file: Path, inputs: dict[str, Tensor]) -> Tensor:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = int(os.environ["OMP_NUM_THREADS"])
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float inputs stay float
+    options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI sums of products saturate
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     taken = {each.name: inputs[each.name].numpy() for each in session.get_inputs()}
     return torch.from_numpy(session.run(None, taken)[0])
