@@ -327,14 +327,15 @@ ARMS = [
     Arm("global + steps", tuned=True),
 ]
 SMALL = [  # bytes against bytes: bases in integers, and plain integers
-    Arm("w8a8 x global", "w8a8"),
-    Arm("w4a16 x global", "w4a16"),
+    Arm("w8a8 x global", "w8a8", "gptq,low_rank"),
+    Arm("w4a16 x global", "w4a16", "gptq,low_rank"),
 ]
+PLAIN = [Arm(f"{scheme}, gptq", scheme, "gptq") for scheme in ("w8a8", "w4a16", "w3a16")]
 
 
 def shrunk(arm: Arm, model: Any, data: list[Batch], keep: float, steps: int, lr: float, seed: int) -> calib.Result:
     """The arm's model, trained for the same number of steps where it is trained at all."""
-    options = {**arm.options, "keep": keep, "seed": seed}
+    options = {**arm.options, "seed": seed} | ({} if arm in PLAIN else {"keep": keep})
     options |= {"steps": steps, "lr": lr} if arm.trained else {}
     result = calib.quantize(model, arm.scheme, arm.method, data, progress=False, **options)
     if arm.tuned:
@@ -348,7 +349,7 @@ def size_of(result: calib.Result) -> Figures:
     entries = [e for e in result.plan.entries.values() if e.rank is not None or "dense" in e.reason]
     whole = sum(e.shape[0] * e.shape[1] for e in entries)
     kept = sum(e.rank * sum(e.shape) if e.rank else e.shape[0] * e.shape[1] for e in entries)
-    return {"kept": kept / max(whole, 1), "bytes": sum(t.numel() * t.element_size() for t in tensors)}
+    return {"kept": kept / whole if whole else 1.0, "bytes": sum(t.numel() * t.element_size() for t in tensors)}
 
 
 def tiny(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]]:
@@ -398,6 +399,8 @@ def grid(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]
                     f"{target}: {keep} {arm.name}, seed {seed}",
                     lambda a=arm, t=target, k=keep, s=seed: run(a, t, t, k, s),  # type: ignore[misc]
                 )
+        for arm in PLAIN:
+            yield f"{target}: {arm.name}", lambda a=arm, t=target: run(a, t, t, 1.0, 0)  # type: ignore[misc]
         for keep in (0.7, 0.5):
             wrong = "mbpp" if target == "gsm8k" else "gsm8k"
             name = f"{target}: {keep} global, calibrated on {wrong}"
