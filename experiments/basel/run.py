@@ -1,12 +1,12 @@
 """Low-rank bases measured: which to keep, on whose data, at what cost; Basel against truncation with equal fine-tuning.
 
-    python experiments/basel/run.py layers      # per layer: predicted loss, whitening, domains, compensation
-    python experiments/basel/run.py selection   # loss of the whole model, ranks global or uniform, at each ratio
-    python experiments/basel/run.py cost        # the training-free selection through calib.quantize, timed
-    python experiments/basel/run.py tiny        # Basel against SVD-LLM + the same steps, on stories260k, 3 seeds
-    python experiments/basel/run.py grid        # all arms, ratios and targets on smollm2-135m: hours
-    python experiments/basel/run.py exact       # can it do the task at all: GSM8K answers got right
-    python experiments/basel/run.py figure      # of what has been run
+    python -m experiments.basel.run layers      # per layer: predicted loss, whitening, domains, compensation
+    python -m experiments.basel.run selection   # loss of the whole model, ranks global or uniform, at each ratio
+    python -m experiments.basel.run cost        # the training-free selection through calib.quantize, timed
+    python -m experiments.basel.run tiny        # Basel against SVD-LLM + the same steps, on stories260k, 3 seeds
+    python -m experiments.basel.run grid        # all arms, ratios and targets on smollm2-135m: hours
+    python -m experiments.basel.run exact       # can it do the task at all: GSM8K answers got right
+    python -m experiments.basel.run figure      # of what has been run
 
 Every finished cell is kept in results-<part>.json and skipped on the next run; --only TEXT runs the cells that hold it.
 Calibration and training take train or validation splits, figures are of test splits.
@@ -20,205 +20,36 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
 
 import calib
 from calib.methods.basel import finetune
-from calib.model import Batch, call_model, observing
+from calib.model import Batch, call_model
 from calib.nn import LowRankLinear, changed_linears
-from calib.observers import Moments
-from calib.quantizers import AffineSpec, bits_per_weight, decode, encode, qparams, weight_range
 from calib.solvers import (
     Bases,
-    InputStatistics,
     bases,
     choose_ranks,
-    error_bases,
-    svd_llm_bases,
     uniform_ranks,
 )
-from calib.tuning import Tuning, next_token_loss
+from calib.tuning import Tuning
+from experiments.basel.layers import layers
+from experiments.basel.text import (
+    HERE,
+    RATIOS,
+    SHARED,
+    Figures,
+    block_linears,
+    in_batches,
+    loss_on,
+    observed,
+    smollm2,
+    windows,
+)
 from model_zoo.sources import load_model
-
-HERE = Path(__file__).parent
-SHARED = HERE.parents[2] / "shared"
-RATIOS = (0.9, 0.8, 0.7, 0.5, 0.3)
-Figures = dict[str, Any]
-
-
-def text_of(domain: str, split: str) -> str:
-    """A domain's text; split: 'train' (WikiText-2: valid) or 'test'."""
-    if domain == "wikitext-2":
-        return (SHARED / "data/wikitext-2" / ("test.txt" if split == "test" else "valid.txt")).read_text()
-    if domain == "gsm8k":
-        rows = [json.loads(line) for line in (SHARED / f"data/gsm8k/{split}.jsonl").read_text().splitlines()]
-        return "\n\n".join(f"{row['question']}\n{row['answer']}" for row in rows)
-    rows = [json.loads(line) for line in (SHARED / "data/mbpp/mbpp.jsonl").read_text().splitlines()]
-    span = range(11, 511) if split == "test" else range(601, 975)  # the data set's own splits
-    return "\n\n".join(f"{row['text']}\n{row['code']}" for row in rows if row["task_id"] in span)
-
-
-def windows(tokenizer: Any, domain: str, split: str, count: int, length: int) -> Tensor:
-    """Token ids [count, length], evenly spread over the text."""
-    ids = tokenizer(text_of(domain, split), add_special_tokens=False, verbose=False)["input_ids"]
-    step = (len(ids) - length) // max(count - 1, 1)
-    return torch.tensor([ids[i * step : i * step + length] for i in range(count)])
-
-
-def in_batches(ids: Tensor, size: int = 8) -> list[Batch]:
-    return [{"input_ids": part} for part in ids.split(size)]
-
-
-def loss_on(model: nn.Module, ids: Tensor) -> float:
-    """Mean next-token loss, nats."""
-    with torch.no_grad():
-        losses = [float(next_token_loss(model)(batch)) * len(batch["input_ids"]) for batch in in_batches(ids, 2)]
-    return sum(losses) / len(ids)
-
-
-def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{n}"}
-
-
-def observed(model: nn.Module, ids: Tensor) -> dict[str, InputStatistics]:
-    """Of every block Linear's input; those that share one share its statistics."""
-    linears = block_linears(model)
-    same = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-    owner = {
-        name: name.replace(name.split(".")[-1], same.get(name.split(".")[-1], name.split(".")[-1])) for name in linears
-    }
-    moments = {name: Moments(linears[name].in_features, gram=True) for name in set(owner.values())}
-    sums = {name: torch.zeros(linears[name].in_features, dtype=torch.float64) for name in moments}
-
-    def take(name: str, x: Tensor) -> None:
-        moments[name].update(x.reshape(-1, x.shape[-1]))
-        sums[name] += x.abs().double().sum((0, 1))
-
-    with torch.no_grad(), observing({name: linears[name] for name in moments}, take):
-        for batch in in_batches(ids, 4):
-            call_model(model, batch)
-    known = {}
-    for name, each in moments.items():
-        assert each.gram is not None
-        known[name] = InputStatistics(each.gram / each.count, sums[name] / each.count)
-    return {name: known[owner[name]] for name in linears}
-
-
-def output_error(weight: Tensor, change: Tensor, gram: Tensor) -> float:
-    """tr(D H D^T) / tr(W H W^T)."""
-    d, w, h = change.double(), weight.double(), gram.double()
-    return float(((d @ h) * d).sum() / ((w @ h) * w).sum())
-
-
-def smollm2() -> tuple[Any, Any]:
-    model, tokenizer = load_model("smollm2-135m", progress=False)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model, tokenizer
-
-
-def layers(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]]:
-    """Of the layers of three blocks (or --blocks), statistics of the float model, errors on held-out text."""
-    model, tokenizer = smollm2()
-    wanted = {n: m for n, m in block_linears(model).items() if int(n.split(".")[2]) in args.blocks}
-    known: dict[tuple[str, str], dict[str, InputStatistics]] = {}
-
-    def of(domain: str, split: str) -> dict[str, InputStatistics]:
-        if (domain, split) not in known:
-            known[domain, split] = observed(model, windows(tokenizer, domain, split, args.samples, args.length))
-        return known[domain, split]
-
-    def mean(errors: Callable[[str, Tensor], float]) -> float:
-        found = [errors(name, linear.weight) for name, linear in wanted.items()]
-        return sum(found) / len(found)
-
-    def identity() -> Figures:
-        """Against the inputs themselves, not their Gram matrix."""
-        linears, seen, worst = wanted, dict[str, list[Tensor]](), {"full_rank": 0.0, "predicted": 0.0}
-        with torch.no_grad(), observing(linears, lambda name, x: seen.setdefault(name, []).append(x.flatten(0, 1))):
-            call_model(model, {"input_ids": windows(tokenizer, "wikitext-2", "train", 8, args.length)})
-        for name, linear in linears.items():
-            x, w = torch.cat(seen[name]).double(), linear.weight.double()
-            moments = Moments(linear.in_features, gram=True)
-            moments.update(x.float())
-            assert moments.gram is not None
-            found = bases(w, moments.gram / len(x))
-            for rank in (1, len(found.energy) // 4, len(found.energy) // 2, len(found.energy)):
-                b, a = (factor.float().double() for factor in found.factors(rank))
-                lost = float((x @ (w - b @ a).T).square().sum() / len(x))
-                if rank < len(found.energy):
-                    told = float(found.energy[rank:].sum())
-                    worst["predicted"] = max(worst["predicted"], abs(lost - told) / told)
-                else:
-                    y = x @ w.T
-                    worst["full_rank"] = max(worst["full_rank"], float((x @ (b @ a).T - y).norm() / y.norm()))
-        return {"largest relative difference": worst, "linears": len(linears), "tokens": 8 * args.length}
-
-    def whitening(ratio: float) -> Figures:
-        calibration, held = of("wikitext-2", "train"), of("wikitext-2", "test")
-
-        def truncated(found: Bases, weight: Tensor) -> Tensor:
-            (rank,) = uniform_ranks([tuple(weight.shape)], ratio)  # type: ignore[list-item]
-            b, a = found.factors(rank or len(found.energy))
-            return weight - b @ a
-
-        def errors(variant: str, name: str, weight: Tensor) -> float:
-            known = calibration[name]
-            found = svd_llm_bases(weight, known.gram) if variant == "svd-llm" else bases(weight, known.metric(variant))
-            return output_error(weight, truncated(found, weight), held[name].gram)
-
-        found = {v: mean(lambda n, w, v=v: errors(v, n, w)) for v in ("svd", "asvd", "rms", "svd-llm", "whitened")}  # type: ignore[misc]
-        return {"output_error": found, "whitened_over_svd": found["whitened"] / found["svd"]}
-
-    def domains(target: str, other: str) -> Figures:
-        held = of(target, "test")
-
-        def errors(domain: str, name: str, weight: Tensor) -> float:
-            (rank,) = uniform_ranks([tuple(weight.shape)], 0.5)  # type: ignore[list-item]
-            b, a = bases(weight, of(domain, "train")[name].gram).factors(rank or 1)
-            return output_error(weight, weight - b @ a, held[name].gram)
-
-        right, wrong = (mean(lambda n, w, d=d: errors(d, n, w)) for d in (target, other))  # type: ignore[misc]
-        return {"in_domain": right, "wrong_domain": wrong, "ratio": wrong / right}
-
-    def compensation(bits: int) -> Figures:
-        calibration, held, rank = of("wikitext-2", "train"), of("wikitext-2", "test"), 16
-        size: dict[str, float] = {}
-
-        def rounded(weight: Tensor, bits: int) -> Tensor:
-            spec = AffineSpec(bits, symmetric=False, granularity="group", group_size=64)
-            scale, zero = qparams(*weight_range(weight, spec), spec)
-            return decode(encode(weight, scale, zero, spec), scale, zero, spec)
-
-        def errors(variant: str, name: str, weight: Tensor) -> float:
-            plain = rounded(weight, bits + (variant == "one bit more"))
-            change = weight - plain
-            if variant not in ("none", "one bit more"):
-                b, a = error_bases(variant, change, calibration[name]).factors(rank)
-                change = change - b @ a
-            return output_error(weight, change, held[name].gram)
-
-        variants = ("none", "lqer", "l2qer", "qera-approx", "qera", "one bit more")
-        found = {v: mean(lambda n, w, v=v: errors(v, n, w)) for v in variants}  # type: ignore[misc]
-        whole = sum(m.weight.numel() for m in wanted.values())
-        extra = sum(rank * sum(m.weight.shape) for m in wanted.values()) / whole
-        spec = AffineSpec(bits, symmetric=False, granularity="group", group_size=64)
-        each = bits_per_weight((576, 576), spec, scale_bits=16)
-        size = {"none": each, "with rank 16 in 16 bit": each + 16 * extra, "with rank 16 in 8 bit": each + 8 * extra}
-        return {"output_error": found, "bits_per_weight": {**size, "one bit more": each + 1}}
-
-    yield "identity", identity
-    for ratio in (0.8, 0.5):
-        yield f"whitening {ratio}", lambda ratio=ratio: whitening(ratio)  # type: ignore[misc]
-    for target, other in itertools.permutations(("wikitext-2", "gsm8k", "mbpp"), 2):
-        yield f"domain {target} on {other}", lambda t=target, o=other: domains(t, o)  # type: ignore[misc]
-    for bits in (2, 3):
-        yield f"compensation w{bits}", lambda bits=bits: compensation(bits)  # type: ignore[misc]
 
 
 def selection(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]]:
@@ -356,6 +187,7 @@ def tiny(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]
     """stories260k moved to GSM8K's text: loss on its test split, and on WikiText-2's."""
 
     def run(arm: Arm | None, keep: float, seed: int) -> Figures:
+        model: Any
         model, tokenizer = load_model(SHARED / "models/stories260k", progress=False)
         model.requires_grad_(False)
         test = {d: windows(tokenizer, d, "test", 64, 128) for d in ("gsm8k", "wikitext-2")}
