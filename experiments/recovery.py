@@ -79,7 +79,7 @@ def bench(name: str) -> Bench:
 
     def windows(split: str, count: int, seed: int = 0) -> Tensor:
         text = (SHARED / f"data/wikitext-2/{split}.txt").read_text(encoding="utf-8")
-        ids = torch.tensor(tokenizer(text[: 600 * count], add_special_tokens=False)["input_ids"])
+        ids = torch.tensor(tokenizer(text[: 600 * count], add_special_tokens=False, verbose=False)["input_ids"])
         found = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
         return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]]
 
