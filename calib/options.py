@@ -46,6 +46,9 @@ def set_up(threads: int | None, quiet: bool = False) -> None:
         torch.set_num_threads(threads)
 
 
+RANKS = ("auto", "global", "first-order", "uniform")
+
+
 @dataclass(frozen=True)
 class RecipeOptions:
     """As typed. None: what the scheme's preset, or method auto, says."""
@@ -119,7 +122,10 @@ class RecipeOptions:
     max_size: Annotated[str | None, Option(help="Size of the checkpoint that low_rank truncates to, like 80MiB.")] = (
         None
     )
-    select: Annotated[str, Option(help="Ranks of low_rank: auto, global (over all layers), uniform.")] = "auto"
+    select: Annotated[
+        str,
+        Option(help="Ranks of low_rank: auto, global (over all layers), first-order (if tuned after), uniform."),
+    ] = "auto"
     rank: Annotated[
         int | None, Option(min=1, help="Of what low_rank adds for rounding errors, where nothing is truncated; 16.")
     ] = None
@@ -149,7 +155,7 @@ class RecipeOptions:
             "prefix": _prefix(self.prefix, model),
             "keep": self.keep,
             "max_size": None if self.max_size is None else parse_size(self.max_size, "--max-size"),
-            "select": None if self.select == "auto" else one_of("select", self.select, ("auto", "global", "uniform")),
+            "select": None if self.select == "auto" else one_of("select", self.select, RANKS),
             "rank": self.rank,
             "steps": self.steps,
             "lr": self.lr,

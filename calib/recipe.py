@@ -129,8 +129,9 @@ class Recipe(_Data):
     inputs: whether a block is calibrated on what the quantized blocks before it produce, or on float.
     keep: low_rank truncates the planned linears to this share of their parameters; max_size: to what makes the whole
     checkpoint this many bytes. select: which ranks, by gain per parameter over all layers (``global``, where the
-    variant can tell) or the same share of each. rank, factors: of the term that makes up for rounding, where nothing is
-    truncated. steps, lr, new_bases: basel's, half of the steps for importances and half for factors.
+    variant can tell; ``first-order`` where training follows) or the same share of each. rank, factors: of the term that
+    makes up for rounding, where nothing is truncated. steps, lr, new_bases: basel's, half of the steps for importances
+    and half for factors.
     """
 
     scheme: Scheme
@@ -152,7 +153,7 @@ class Recipe(_Data):
     damp: float = Field(0.01, ge=0)
     keep: float | None = Field(None, gt=0, le=1)
     max_size: int | None = Field(None, gt=0)
-    select: Literal["auto", "global", "uniform"] = "auto"
+    select: Literal["auto", "global", "first-order", "uniform"] = "auto"
     rank: int = Field(16, ge=1)
     factors: Literal["float", "int8"] = "float"
     steps: int = Field(300, ge=2)

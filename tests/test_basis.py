@@ -144,7 +144,8 @@ def test_refit_reproduces_the_bases_on_its_own_inputs_and_beats_them_on_others(s
     assert error(c) <= error(b) * (1 + 1e-9)
 
 
-def test_ranks_are_the_best_under_the_budget() -> None:
+@pytest.mark.parametrize("stress", [1.0, 2.0])
+def test_ranks_are_the_best_under_the_budget(stress: float) -> None:
     """Against all choices, on layers small enough for that."""
     g = torch.Generator().manual_seed(0)
     shapes = [(6, 6), (4, 9), (8, 3)]
@@ -153,12 +154,14 @@ def test_ranks_are_the_best_under_the_budget() -> None:
     options = []  # rank, cost, kept energy
     for (out, n), energy, weight in zip(shapes, energies, weights, strict=True):
         total = float(energy.sum())
-        kept = [(weight * total) ** 2 * math.log(float(energy[:r].sum()) / total) for r in range(1, len(energy) + 1)]
+        kept = [
+            (weight * total) ** stress * math.log(float(energy[:r].sum()) / total) for r in range(1, len(energy) + 1)
+        ]
         low = [(r, r * (out + n), kept[r - 1]) for r in range(1, len(energy) + 1)]
         dense = (None, out * n, 0.0)
         options.append([option for option in low if option[1] < out * n] + [dense])
     for budget in range(40, 97, 4):
-        ranks = choose_ranks(shapes, energies, weights, budget)
+        ranks = choose_ranks(shapes, energies, weights, budget, stress=stress)
         chosen = [next(o for o in layer if o[0] == r) for layer, r in zip(options, ranks, strict=True)]
         spent, got = sum(o[1] for o in chosen), sum(o[2] for o in chosen)
         assert spent <= budget

@@ -23,11 +23,6 @@ from calib.errors import InputError, NumericsError
 TRUNCATIONS = ("whitened", "svd-llm", "rms", "asvd", "fwsvd", "svd")
 RIDGE = 1e-9  # of the mean energy: orders the bases that the data say nothing about by their own size
 
-# 1 is right to first order, when little is lost. Errors compound: on validation text of SmolLM2-135M, in nats, ranks by
-# 1, 1.5 and 2 lose 2.88, 2.70 and 2.57 at keep 0.3 (even ranks 2.67), 1.37, 1.37 and 1.40 at 0.5 (even 1.64), and as
-# much as each other above.
-STRESS = 2.0
-
 
 @dataclass(frozen=True, eq=False)
 class Bases:
@@ -120,14 +115,16 @@ def choose_ranks(
     worth: Sequence[float],
     budget: float,
     lost: Sequence[float] | None = None,
+    stress: float = 1.0,
 ) -> list[int | None]:
     """Ranks of all layers under one ``budget`` of parameters, by gain per parameter; None: the layer stays dense.
 
     shapes: (out, in); energies: of each layer's bases, falling; worth: of a unit of a layer's energy, while little of
-    it is lost; a layer that keeps the share q of its energy e is charged (worth * e)^STRESS * -log q: without bound as
-    q falls, so that none is ruined, and more than its part where much is at stake. A rank costs out + in, a dense layer
-    out * in, the most it can cost. On each layer's upper concave hull of (cost, value) the steps of steepest gain are
-    bought first: the optimum, but for the last step. lost: energy of bases that a layer had and that are gone.
+    it is lost; a layer that keeps the share q of its energy e is charged (worth * e)^stress * -log q: without bound as
+    q falls, so that none is ruined, and with stress > 1 more than its part where much is at stake. A rank costs
+    out + in, a dense layer out * in, the most it can cost. On each layer's upper concave hull of (cost, value) the
+    steps of steepest gain are bought first: the optimum, but for the last step. lost: energy of bases that a layer had
+    and that are gone.
     """
     ranks: list[int | None] = [1 if out * n > out + n else None for out, n in shapes]
     left = budget - sum(out * n if r is None else r * (out + n) for r, (out, n) in zip(ranks, shapes, strict=True))
@@ -137,7 +134,7 @@ def choose_ranks(
     for layer, start in enumerate(ranks):
         if start is not None:
             gone = 0.0 if lost is None else lost[layer]
-            hull = _hull(*shapes[layer], energies[layer], worth[layer], gone)
+            hull = _hull(*shapes[layer], energies[layer], worth[layer], gone, stress)
             steps += [(gain, layer, rank, cost) for gain, rank, cost in hull if gain > 0]
     stopped: set[int] = set()
     for _, layer, rank, cost in sorted(steps, key=lambda step: -step[0]):
@@ -150,13 +147,15 @@ def choose_ranks(
     return ranks
 
 
-def _hull(out: int, n: int, energy: Tensor, worth: float, lost: float) -> list[tuple[float, int | None, int]]:
+def _hull(
+    out: int, n: int, energy: Tensor, worth: float, lost: float, stress: float
+) -> list[tuple[float, int | None, int]]:
     """Steps (gain per parameter, rank or None for dense, cost) from rank 1 to dense, of falling slope."""
     each, whole, left = out + n, out * n, energy.double().sum()
     total = (left + lost).clamp(min=1e-30)
     most = min((whole - 1) // each, len(energy))
     share = torch.cat([energy[:most].double().cumsum(0), left[None]]) / total
-    kept = ((worth * total) ** STRESS * share.clamp(1e-30, 1).log()).tolist()
+    kept = ((worth * total) ** stress * share.clamp(1e-30, 1).log()).tolist()
     costs = [each * rank for rank in range(1, most + 1)] + [whole]
     corners = [0]
     for i in range(1, len(costs)):

@@ -27,6 +27,7 @@ import transformers
 
 import calib
 from calib.methods.basel import finetune
+from calib.methods.low_rank import STRESS
 from calib.model import Batch, call_model
 from calib.nn import LowRankLinear, changed_linears
 from calib.solvers import (
@@ -86,7 +87,7 @@ def selection(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figu
         ranks = (
             uniform_ranks(shapes, ratio)
             if select == "uniform"
-            else choose_ranks(shapes, energies, worth, ratio * whole)
+            else choose_ranks(shapes, energies, worth, ratio * whole, stress=STRESS)
         )
         for (name, linear), rank in zip(linears.items(), ranks, strict=True):
             if rank is not None:
@@ -156,6 +157,7 @@ ARMS = [
     Arm("basel, published bases", method="basel:svd", trained=True),
     Arm("svd-llm + steps", method="low_rank:svd-llm", tuned=True),
     Arm("global + steps", tuned=True),
+    Arm("first-order + steps", options={"select": "first-order"}, tuned=True),
 ]
 SMALL = [  # bytes against bytes: bases in integers, and plain integers
     Arm("w8a8 x global", "w8a8", "gptq,low_rank"),
