@@ -179,10 +179,10 @@ def shrunk(arm: Arm, model: Any, data: list[Batch], keep: float, steps: int, lr:
 
 def size_of(result: calib.Result) -> Figures:
     tensors = {t.data_ptr(): t for t in result.model.state_dict().values()}.values()
-    entries = [e for e in result.plan.entries.values() if e.rank is not None or "dense" in e.reason]
+    entries = [entry for name, entry in result.plan.entries.items() if ".layers." in name]
     whole = sum(e.shape[0] * e.shape[1] for e in entries)
     kept = sum(e.rank * sum(e.shape) if e.rank else e.shape[0] * e.shape[1] for e in entries)
-    return {"kept": kept / whole if whole else 1.0, "bytes": sum(t.numel() * t.element_size() for t in tensors)}
+    return {"kept": kept / whole, "bytes": sum(t.numel() * t.element_size() for t in tensors)}
 
 
 def tiny(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]]:
