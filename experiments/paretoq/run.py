@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -85,14 +86,19 @@ def figure(results: Results, part: str) -> None:
     from matplotlib import pyplot
 
     _, axes = pyplot.subplots(1, 3, figsize=(13, 4))
-    for name in GRIDS:
-        levels = float(name.split(" ")[0])
-        for column, axis in (("test", axes[0]), ("movement", axes[1]), ("recovered", axes[2])):
-            for kind, marker in (("rounded", "o"), ("trained", "x")):
-                cells = results.cells.get(f"{name}, {kind}", {}).values()
-                values = [figures[column] for figures in cells if column in figures]
-                if values and (kind == "trained" or "max start" not in name):
-                    axis.plot([levels] * len(values), values, marker, label=f"{name}, {kind}")
+    colours = {"elastic": "tab:green", "SEQ": "tab:blue", "LSQ": "tab:orange"}
+    for (kind, fill), (grid, colour) in itertools.product((("rounded", "none"), ("trained", "full")), colours.items()):
+        for axis, column in zip(axes, ("test", "movement", "recovered"), strict=True):
+            points = [
+                (float(name.split(" ")[0]), figures[column])
+                for name in GRIDS
+                if name.endswith(grid)
+                for figures in results.cells.get(f"{name}, {kind}", {}).values()
+                if column in figures
+            ]
+            if points:
+                style = {"linestyle": "", "marker": "o", "fillstyle": fill, "color": colour}
+                axis.plot(*zip(*points, strict=True), label=f"{grid}, {kind}", **style)
     whole = results.cells["float"]["0"]["test"]
     axes[0].axhline(whole, linestyle=":", color="black")
     axes[0].set(ylabel="test loss, nats (dotted: float)", yscale="log")
@@ -100,7 +106,7 @@ def figure(results: Results, part: str) -> None:
     axes[2].set(ylabel="share of the gap recovered", ylim=(0, None))
     for axis in axes:
         axis.set(xlabel="bits")
-    axes[0].legend(fontsize=5)
+    axes[0].legend()
     pyplot.tight_layout()
     pyplot.savefig(HERE / f"bits-{part}.png", dpi=120)
 
