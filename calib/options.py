@@ -46,6 +46,7 @@ def set_up(threads: int | None, quiet: bool = False) -> None:
         torch.set_num_threads(threads)
 
 
+LEARNED = ("rounding", "clipping", "inputs", "scale", "shift")
 RANKS = ("auto", "global", "first-order", "uniform")
 
 
@@ -102,10 +103,11 @@ class RecipeOptions:
     damp: Annotated[float, Option(min=0.0, help="Damping of gptq, of the mean of its diagonal.")] = 0.01
     refine: Annotated[
         int | None,
-        Option(
-            min=0, help="Steps of learned rounding and clipping for each block. Default: 0, or what auto's recipe says."
-        ),
+        Option(min=0, help="Steps of learning from each block's output. Default: 0, or what auto's recipe says."),
     ] = None
+    learn: Annotated[
+        str, Option(help="What --refine learns: rounding, clipping, inputs (static scales), scale and shift of os+.")
+    ] = "rounding,clipping"
     inputs: Annotated[str, Option(help="Calibrate a block on quantized or float outputs of those before it.")] = (
         "quantized"
     )
@@ -150,6 +152,7 @@ class RecipeOptions:
             "inputs": one_of("inputs", self.inputs, ("quantized", "float")),
             "damp": self.damp,
             "refine": self.refine,
+            "learn": tuple(one_of("learn", part.strip(), LEARNED) for part in self.learn.split(",")),
             "bias_correction": self.bias_correction,
             "float_rows": self.float_rows,
             "prefix": _prefix(self.prefix, model),

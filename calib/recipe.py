@@ -125,7 +125,8 @@ class Recipe(_Data):
     bias_correction: add what rounding the weights moves the output by to the biases, averaged over sampled tokens,
     massive ones weighing little.
     float_rows: share of rows (the largest) that a static range leaves out and that run in float; 0 is off.
-    refine: steps that learn a block's rounding and clipping from its output error, once it is rounded; 0: off.
+    refine: steps that learn from a block's output error, once it is rounded; 0: off. learn: what of ``rounding``,
+    ``clipping`` (scales of the weights), ``inputs`` (static scales), ``scale`` and ``shift`` (behind norms).
     inputs: whether a block is calibrated on what the quantized blocks before it produce, or on float.
     keep: low_rank truncates the planned linears to this share of their parameters; max_size: to what makes the whole
     checkpoint this many bytes. select: which ranks, by gain per parameter over all layers (``global``, where the
@@ -144,6 +145,7 @@ class Recipe(_Data):
     prefix: Literal["auto", "on", "none"] | tuple[int, ...] = "auto"
     float_rows: float = Field(0.0, ge=0, lt=1)
     refine: int = Field(0, ge=0)
+    learn: tuple[Literal["rounding", "clipping", "inputs", "scale", "shift"], ...] = ("rounding", "clipping")
     inputs: Literal["quantized", "float"] = "quantized"
     bias_correction: bool = False
     samples: int = 128

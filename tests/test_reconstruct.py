@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,8 +11,8 @@ from torch import Tensor, nn
 import calib
 from calib.nn import ActivationQuantizer, QuantLinear
 from calib.quantizers import AffineSpec
-from calib.tuning import reconstruct
-from calib.tuning.reconstruct import LearnedLinear
+from calib.tuning import FoldableSite, reconstruct
+from calib.tuning.reconstruct import LearnedLinear, LearnedSite
 from tests.families import batches, build
 
 SPECS = {
@@ -36,7 +38,7 @@ def test_it_starts_at_the_codes_that_are_there(name: str) -> None:
     module.set_codes(other, module.weight_scale, torch.zeros(()) if zero is None else zero)
     x = torch.randn(5, 32)
     want = module.set_mode("float")(x)
-    learning = LearnedLinear(module, weight)
+    learning = LearnedLinear(module, weight, LearnedSite(module.input, FoldableSite(("",)), ()))
     assert torch.allclose(learning(x), want, atol=1e-5), "a solver's codes, not round to nearest"
     assert torch.equal(learning.learned().codes(), other)
 
@@ -75,6 +77,64 @@ def test_what_does_not_help_is_undone() -> None:
     found = reconstruct(block, {"0": weight}, lambda i: block(xs[i]), targets.__getitem__, [None] * 8, 10, 0)
     assert not found.taken and found.after >= found.before
     assert torch.equal(module.codes(), codes) and torch.equal(module.weight_scale, scale)
+
+
+EVERYTHING = ("rounding", "clipping", "inputs", "scale", "shift")
+
+
+def test_inputs_scale_and_shift_are_learned_and_folded() -> None:
+    """A norm, two linears that share its output on a bad static grid: what is learned is what the modules then hold."""
+    g = torch.Generator().manual_seed(0)
+    spec = AffineSpec(4, symmetric=False, granularity="tensor")
+    norm, xs = nn.LayerNorm(32), [torch.randn(64, 32, generator=g) for _ in range(8)]
+    norm.bias.data = torch.randn(32, generator=g)
+    floats, linears = {}, []
+    for name in ("a", "b"):
+        module, floats[name] = quantized(SPECS["group"], spec, seed=ord(name))
+        module.input.scale, module.input.zero_point = torch.tensor([0.7]), torch.tensor([1], dtype=torch.int32)
+        linears.append(module)
+    block = nn.ModuleDict({"norm": norm, "a": linears[0], "b": linears[1]}).requires_grad_(False)
+
+    def run(i: int) -> Tensor:
+        x = block["norm"](xs[i])
+        return torch.cat([block["a"](x), block["b"](x)], -1)
+
+    with torch.no_grad():
+        targets = [torch.cat([nn.functional.linear(norm(x), floats[n], block[n].bias) for n in "ab"], -1) for x in xs]
+    folded = []
+
+    def fold(shift: Tensor | None, scale: Tensor | None) -> None:
+        assert shift is not None and scale is not None
+        norm.bias.data, norm.weight.data = (norm.bias - shift) / scale, norm.weight / scale
+        folded.append((shift, scale))
+
+    def learned(learn: tuple[str, ...]) -> float:
+        found = reconstruct(
+            block, floats, run, targets.__getitem__, [None] * 8, 80, 0, held=1, learn=learn,
+            sites=[FoldableSite(("a", "b"), fold, takes_shift=True)],
+        )  # fmt: skip
+        with torch.no_grad():
+            after = float((run(0) - targets[0]).square().sum(-1).mean())
+        assert found.taken and after == pytest.approx(found.after, rel=1e-4)
+        return found.after / found.before
+
+    first = learned(EVERYTHING)
+    assert first < 0.9 and len(folded) == 1 and float((folded[0][1] - 1).abs().max()) > 0.01
+    assert torch.equal(block["a"].input.scale, block["b"].input.scale) and float(block["a"].input.scale) != 0.7
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt_neox"])
+def test_everything_learned_survives_saving(family: str, tmp_path: Path) -> None:
+    result = calib.quantize(
+        build(family), "w4a8-static", "os+", batches(family, 8), tmp_path / "out", refine=12, learn=EVERYTHING,
+        prefix="none", progress=False,
+    )  # fmt: skip
+    plain = calib.quantize(build(family), "w4a8-static", "os+", batches(family, 8), prefix="none", progress=False)
+    for name, site in result.report["sites"].items():
+        assert site["refined"][1] <= site["refined"][0], name
+    batch = batches(family, 1)[0]
+    want, found, start = (m(**batch).logits for m in (build(family), calib.load(tmp_path / "out"), plain.model))
+    assert (found - want).norm() < (start - want).norm()
 
 
 @pytest.mark.parametrize("family, method", [("llama", "gptq"), ("bert", "os+"), ("mixtral", "rtn")])

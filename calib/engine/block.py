@@ -27,7 +27,7 @@ from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
 from calib.solvers import Pairs, bias_correction
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
-from calib.tuning import reconstruct
+from calib.tuning import FoldableSite, reconstruct
 
 
 class Reached(Exception):
@@ -248,7 +248,8 @@ class BlockCalibration:
         }
 
     def refine(self, targets: HiddenList) -> None:
-        """Learn rounding and clipping from the block's output error against ``targets``, one hidden state a batch."""
+        """Learn what the recipe's ``learn`` names from the block's output error against ``targets``, one hidden state a
+        batch."""
         device = device_of(self.block)
         found = reconstruct(
             self.block,
@@ -259,11 +260,27 @@ class BlockCalibration:
             steps=self.recipe.refine,
             seed=zlib.crc32(self.name.encode()) + self.recipe.seed,
             held=self.given.probes,
+            learn=self.recipe.learn,
+            sites=[self._foldable(state) for state in self.states],
         )
         if not found.taken:
             self.notes.append(f"{self.name}: learned rounding did not lower the held-out error, the solver's stays")
         for record in self.record.values():
             record["refined"] = [found.before, found.after]
+
+    def _foldable(self, state: SiteState) -> FoldableSite:
+        """The site as learning sees it: a norm takes what is learned of its channels, where all who read it change."""
+        paths, producer = tuple(state.site.consumers), state.target.producer
+        if not (state.whole and state.foldable and producer is not None and producer.offset is not None):
+            return FoldableSite(paths)
+
+        def fold(shift: Tensor | None, scale: Tensor | None) -> None:
+            shift, scale = (None if each is None else each.cpu() for each in (shift, scale))
+            state.transform.fold(shift, scale)
+            state.moved(ShiftScale(shift, scale))
+            self.given.refresh()
+
+        return FoldableSite(paths, fold, state.takes_shift)
 
     def measure(self) -> None:
         """Each finished linear's output error, in ``sqnr``; the last that is asked of the float weights."""

@@ -42,10 +42,10 @@ class FoldProducer:
         assert isinstance(weight, Tensor)
         with torch.no_grad():
             if shift is not None:
-                moved = -shift.to(weight.dtype) if bias is None else bias - shift.to(weight.dtype)
+                moved = -shift.to(weight) if bias is None else bias - shift.to(weight)
                 module.bias = nn.Parameter(moved, requires_grad=False)
             if scale is not None:
-                s = scale.to(weight.dtype)
+                s = scale.to(weight)
                 if self.offset is None:
                     weight.div_(s[:, None])
                 else:

@@ -4,12 +4,13 @@ from calib.tuning.loop import Tuning, tune
 from calib.tuning.objective import checkpointed, next_token_loss, objective
 from calib.tuning.qat import Training, TunedLinear
 from calib.tuning.recipe import LOSSES, PRESETS, TRAINABLE, Terms, TuneRecipe, tune_recipe
-from calib.tuning.reconstruct import Reconstruction, reconstruct
+from calib.tuning.reconstruct import FoldableSite, Reconstruction, reconstruct
 
 __all__ = [
     "LOSSES",
     "PRESETS",
     "TRAINABLE",
+    "FoldableSite",
     "Reconstruction",
     "Terms",
     "Training",

@@ -1,13 +1,14 @@
-"""Block reconstruction: learn how a block's weights are rounded and clipped, by the error of the block's output.
+"""Block reconstruction: learn how a block is rounded, by the error of its output.
 
 Signed gradient descent on rounding offsets and on the scales' factors, as in AutoRound (arXiv 2309.05516), from any
 start: a weight that GPTQ rounded begins where its codes are, so the start is what the solver found, not round to
-nearest. Kept only where the error on windows held fixed falls.
+nearest. Static input scales and OS+'s shift and scale (arXiv 2304.09145) are learned in the same way, from the values
+that were solved for. Kept only where the error on windows held fixed falls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,68 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.errors import InputError
-from calib.nn import CalledAsWeight, QuantLinear
+from calib.nn import ActivationQuantizer, CalledAsWeight, QuantLinear
 from calib.quantizers import AffineSpec, grouped
 
 INSIDE = 0.49  # how far from its code a weight may lie at the start
 FACTORS = (0.7, 1.2)  # of a scale
-OFFSET_RATE, FACTOR_RATE = 0.1, 0.03  # a tenth of AutoRound's: the start is a solver's, and large steps leave it
+# Of signed steps, whose rates fall to 0: a parameter moves by half of this at most. A tenth of AutoRound's for rounding
+# and clipping: the start is a solver's, and large steps leave it. A shift moves in steps of the static grid.
+OFFSET_RATE, FACTOR_RATE, INPUT_RATE, SCALE_RATE, SHIFT_RATE = 0.1, 0.03, 0.1, 0.2, 2.0
+Fold = Callable[[Tensor | None, Tensor | None], None]
+
+
+@dataclass(frozen=True)
+class FoldableSite:
+    """Linears (paths) whose producer takes (z, s) of each input channel through ``fold``, z only with takes_shift."""
+
+    paths: tuple[str, ...]
+    fold: Fold | None = None
+    takes_shift: bool = False
+
+
+class LearnedSite(nn.Module):
+    """What the linears of a site share: shift z and scale s = exp(l) [n] of their input, the factor [1] of its grid."""
+
+    def __init__(self, quantizer: ActivationQuantizer, site: FoldableSite, learn: Collection[str]) -> None:
+        super().__init__()
+        self.quantizer, self.site, n = quantizer, site, quantizer.features
+        static = quantizer.scale is not None and not quantizer.watches_rows
+        bare = quantizer.shift is None and quantizer.rescale is None and quantizer.hadamard == 1
+        folds = site.fold is not None and bare
+
+        def parameter(start: Tensor, learned: bool) -> nn.Parameter | None:
+            return nn.Parameter(start) if learned else None
+
+        self.factor = parameter(torch.ones(1), "inputs" in learn and static)
+        self.shift = parameter(torch.zeros(n), "shift" in learn and folds and site.takes_shift and static)
+        self.log_scale = parameter(torch.zeros(n), "scale" in learn and folds)
+
+    @property
+    def scale(self) -> Tensor | None:
+        return None if self.log_scale is None else self.log_scale.exp()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The transformed input, as it is and on its grid."""
+        if self.shift is not None:
+            x = x - self.shift
+        if self.scale is not None:
+            x = x / self.scale
+        moved = self.quantizer.transformed(x)
+        return moved, _on_grid(self.quantizer, moved, self.factor)
+
+    @torch.no_grad()
+    def descend(self, rate: float) -> None:
+        steps = 1.0 if self.quantizer.scale is None else float(self.quantizer.scale)
+        _step(self.factor, INPUT_RATE * rate, FACTORS)
+        _step(self.log_scale, SCALE_RATE * rate)
+        _step(self.shift, SHIFT_RATE * steps * rate)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Fold what was learned into the producer."""
+        if self.site.fold is not None and (self.shift is not None or self.log_scale is not None):
+            self.site.fold(None if self.shift is None else self.shift.detach(), self.scale)
 
 
 class LearnedLinear(CalledAsWeight, nn.Module):
@@ -30,12 +87,15 @@ class LearnedLinear(CalledAsWeight, nn.Module):
     codes round(u / f + v), u the weight over its scale, moved where need be until it rounds to the code it has.
     """
 
-    def __init__(self, module: QuantLinear, weight: Tensor) -> None:
+    def __init__(
+        self, module: QuantLinear, weight: Tensor, site: LearnedSite, learn: Collection[str] = ("rounding", "clipping")
+    ) -> None:
         super().__init__()
         spec = module.weight_spec
         if not isinstance(spec, AffineSpec):
             raise InputError(f"learned rounding is for affine grids, not {spec.kind}", "leave out refine")
-        self.module, self.spec, self.shape = module, spec, weight.shape
+        self.module, self.spec, self.shape, self.site, self.learn = module, spec, weight.shape, site, learn
+        self.weight_float = weight
         scale, zero = module.weight_scale, module.weight_zero_point
         self.scale = scale
         self.zero = torch.zeros((), dtype=torch.float32) if zero is None else zero.float()
@@ -46,41 +106,64 @@ class LearnedLinear(CalledAsWeight, nn.Module):
         self.factor = nn.Parameter(torch.ones_like(scale))
 
     def _codes(self) -> Tensor:
-        moved = self.start / self.factor + self.offset + self.zero
+        scale = self.site.scale
+        start = self.start if scale is None else self.start * grouped(scale, self.spec)
+        moved = start / self.factor + self.offset + self.zero
         rounded = moved + (moved.round() - moved).detach()
         return rounded.clamp(self.spec.qmin, self.spec.qmax)
 
+    def _bias(self) -> Tensor | None:
+        shift, bias = self.site.shift, self.module.bias
+        if shift is None:
+            return bias
+        added = self.weight_float.float() @ shift
+        return added if bias is None else bias + added
+
     def forward(self, x: Tensor) -> Tensor:
         weight = (self._codes() - self.zero) * (self.scale * self.factor)
-        module = self.module
-        moved = module.input.transformed(x)
-        y = F.linear(_on_grid(module, moved), weight.view(self.shape), module.bias)
-        return y if module.side is None else y + module.side(moved)
+        moved, taken = self.site(x)
+        y = F.linear(taken, weight.view(self.shape), self._bias())
+        return y if self.module.side is None else y + self.module.side(moved)
 
     @torch.no_grad()
     def descend(self, rate: float) -> None:
         """One signed step. rate: from 1 / steps to 0 over a run."""
-        for parameter, own, (low, high) in (
-            (self.offset, OFFSET_RATE, (-0.5, 0.5)),
-            (self.factor, FACTOR_RATE, FACTORS),
-        ):
-            if parameter.grad is not None:  # an expert that no token reached has none
-                parameter.sub_(parameter.grad.sign_(), alpha=own * rate).clamp_(low, high)
-                parameter.grad = None
+        if "rounding" in self.learn:
+            _step(self.offset, OFFSET_RATE * rate, (-0.5, 0.5))
+        if "clipping" in self.learn:
+            _step(self.factor, FACTOR_RATE * rate, FACTORS)
 
     @torch.no_grad()
     def learned(self) -> QuantLinear:
-        """The module, with the codes and scales that were learned."""
-        codes = self._codes().to(torch.int8).view(self.shape)
-        self.module.set_codes(codes, self.scale * self.factor, self.zero)
-        return self.module
+        """The module, with the codes, scales and bias that were learned."""
+        module, factor = self.module, self.site.factor
+        module.set_codes(self._codes().to(torch.int8).view(self.shape), self.scale * self.factor, self.zero)
+        if self.site.shift is not None:
+            module.bias = self._bias()
+        if factor is not None and module.input.scale is not None:
+            module.input.scale = module.input.scale * factor.detach()
+        return module
 
 
-def _on_grid(module: QuantLinear, moved: Tensor) -> Tensor:
-    """The module's input grid on its transformed input; gradients pass where a static range does not clip."""
-    quantizer = module.input
+def _step(parameter: nn.Parameter | None, length: float, span: tuple[float, float] | None = None) -> None:
+    if parameter is None or parameter.grad is None:  # an expert that no token reached has none
+        return
+    parameter.sub_(parameter.grad.sign_(), alpha=length)
+    if span is not None:
+        parameter.clamp_(*span)
+    parameter.grad = None
+
+
+def _on_grid(quantizer: ActivationQuantizer, moved: Tensor, factor: Tensor | None) -> Tensor:
+    """The input grid on the transformed input; gradients pass where a static range does not clip."""
     if quantizer.spec is None:
         return moved
+    if factor is not None:
+        assert quantizer.scale is not None and quantizer.zero_point is not None
+        scale, zero = quantizer.scale * factor, quantizer.zero_point.float()
+        steps = moved / scale
+        steps = steps + (steps.round() - steps).detach()
+        return steps.clamp(float(quantizer.spec.qmin - zero), float(quantizer.spec.qmax - zero)) * scale
     with torch.no_grad():
         got = quantizer.on_grid(moved)
     if quantizer.scale is None:
@@ -108,12 +191,15 @@ def reconstruct(
     steps: int,
     seed: int,
     held: int = 2,
+    learn: Collection[str] = ("rounding", "clipping"),
+    sites: Sequence[FoldableSite] = (),
 ) -> Reconstruction:
-    """Learn the codes and scales of the block's QuantLinears named in ``floats`` (their weights, [m, n]).
+    """Learn how the block's QuantLinears named in ``floats`` (their weights, [m, n]) are rounded.
 
     run(i): the block's output on batch i; target(i): what it should be. masks[i]: which tokens count. Every step takes
     one batch; rates fall linearly to 0. held: how many of the first batches judge start and end; they are
-    not learned from where there are four times as many.
+    not learned from where there are four times as many. learn: of rounding, clipping (the weights' scales), inputs
+    (static scales), scale and shift (OS+'s, of sites that fold). Linears of a site share what is learned of its input.
     """
     start = {path: module for path in floats if isinstance(module := block.get_submodule(path), QuantLinear)}
     held = min(held, len(masks))
@@ -129,27 +215,33 @@ def reconstruct(
 
     first = held if len(masks) >= 4 * held else 0
     before = judged()
-    learning = {path: LearnedLinear(module, floats[path]) for path, module in start.items()}
-    saved = {path: (m.codes().clone(), m.weight_scale.clone()) for path, m in start.items()}
+    inputs: list[LearnedSite] = []
+    learning: dict[str, LearnedLinear] = {}
+    for site in (*sites, *(FoldableSite((path,)) for path in start if all(path not in s.paths for s in sites))):
+        paths = [path for path in site.paths if path in start]
+        if paths:
+            inputs.append(LearnedSite(start[paths[0]].input, site, learn))
+            learning |= {path: LearnedLinear(start[path], floats[path], inputs[-1], learn) for path in paths}
     for path, module in learning.items():
         block.set_submodule(path, module)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
+    taken = False
     try:
         with torch.enable_grad():
             for step in range(steps):
                 if not order:
                     order = (first + torch.randperm(len(masks) - first, generator=generator)).tolist()
                 loss(order.pop()).backward()
-                for module in learning.values():
-                    module.descend((1 - step / steps) / steps)
+                rate = (1 - step / steps) / steps
+                for part in (*learning.values(), *inputs):
+                    part.descend(rate)
+        after = judged()
+        taken = after < before
     finally:
         for path, module in learning.items():
-            block.set_submodule(path, module.learned())
-    after = judged()
-    taken = after < before
-    if not taken:
-        for path, (codes, scale) in saved.items():
-            zero = start[path].weight_zero_point
-            start[path].set_codes(codes, scale, scale.new_zeros(()) if zero is None else zero)
+            block.set_submodule(path, module.learned() if taken else module.module)
+    if taken:
+        for each in inputs:
+            each.settle()
     return Reconstruction(before, after, taken, steps)
