@@ -224,6 +224,7 @@ def reconstruct(
             learning |= {path: LearnedLinear(start[path], floats[path], inputs[-1], learn) for path in paths}
     for path, module in learning.items():
         block.set_submodule(path, module)
+    parts: list[LearnedLinear | LearnedSite] = [*learning.values(), *inputs]
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     taken = False
@@ -234,7 +235,7 @@ def reconstruct(
                     order = (first + torch.randperm(len(masks) - first, generator=generator)).tolist()
                 loss(order.pop()).backward()
                 rate = (1 - step / steps) / steps
-                for part in (*learning.values(), *inputs):
+                for part in parts:
                     part.descend(rate)
         after = judged()
         taken = after < before
