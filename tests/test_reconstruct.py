@@ -82,7 +82,8 @@ def test_what_does_not_help_is_undone() -> None:
 EVERYTHING = ("rounding", "clipping", "inputs", "scale", "shift")
 
 
-def test_inputs_scale_and_shift_are_learned_and_folded() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_inputs_scale_and_shift_are_learned_and_folded(fused: bool) -> None:
     """A norm, two linears that share its output on a bad static grid: what is learned is what the modules then hold."""
     g = torch.Generator().manual_seed(0)
     spec = AffineSpec(4, symmetric=False, granularity="tensor")
@@ -105,19 +106,24 @@ def test_inputs_scale_and_shift_are_learned_and_folded() -> None:
 
     def fold(shift: Tensor | None, scale: Tensor | None) -> None:
         assert shift is not None and scale is not None
-        norm.bias.data, norm.weight.data = (norm.bias - shift) / scale, norm.weight / scale
+        given = torch.zeros(32) if fused else shift  # the inputs subtract it themselves
+        norm.bias.data, norm.weight.data = (norm.bias - given) / scale, norm.weight / scale
         folded.append((shift, scale))
 
     def learned(learn: tuple[str, ...]) -> float:
         found = reconstruct(
             block, floats, run, targets.__getitem__, [None] * 8, 80, 0, held=1, learn=learn,
-            sites=[FoldableSite(("a", "b"), fold, takes_shift=True)],
+            sites=[FoldableSite(("a", "b"), fold, takes_shift=not fused)],
         )  # fmt: skip
         with torch.no_grad():
             after = float((run(0) - targets[0]).square().sum(-1).mean())
         assert found.taken and after == pytest.approx(found.after, rel=1e-4)
         return found.after / found.before
 
+    if fused:
+        for module in linears:
+            module.input.register_buffer("shift", torch.full((32,), 0.1))
+            module.bias = module.bias + floats["a" if module is linears[0] else "b"] @ module.input.shift
     first = learned(EVERYTHING)
     assert first < 0.9 and len(folded) == 1 and float((folded[0][1] - 1).abs().max()) > 0.01
     assert torch.equal(block["a"].input.scale, block["b"].input.scale) and float(block["a"].input.scale) != 0.7

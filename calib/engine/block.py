@@ -276,7 +276,9 @@ class BlockCalibration:
 
         def fold(shift: Tensor | None, scale: Tensor | None) -> None:
             shift, scale = (None if each is None else each.cpu() for each in (shift, scale))
-            state.transform.fold(shift, scale)
+            if shift is not None and not state.takes_shift:
+                state.transform.fuse(shift, None)
+            state.transform.fold(shift if state.takes_shift else None, scale)
             state.moved(ShiftScale(shift, scale))
             self.given.refresh()
 

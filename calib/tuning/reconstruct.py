@@ -29,7 +29,8 @@ Fold = Callable[[Tensor | None, Tensor | None], None]
 
 @dataclass(frozen=True)
 class FoldableSite:
-    """Linears (paths) whose producer takes (z, s) of each input channel through ``fold``, z only with takes_shift."""
+    """Linears (paths) whose producer takes s of each input channel through ``fold``, and z with takes_shift; else the
+    linears' own inputs keep z, where they subtract a shift already."""
 
     paths: tuple[str, ...]
     fold: Fold | None = None
@@ -43,14 +44,14 @@ class LearnedSite(nn.Module):
         super().__init__()
         self.quantizer, self.site, n = quantizer, site, quantizer.features
         static = quantizer.scale is not None and not quantizer.watches_rows
-        bare = quantizer.shift is None and quantizer.rescale is None and quantizer.hadamard == 1
-        folds = site.fold is not None and bare
+        folds = site.fold is not None and quantizer.rescale is None and quantizer.hadamard == 1
+        shifts = site.takes_shift or quantizer.shift is not None
 
         def parameter(start: Tensor, learned: bool) -> nn.Parameter | None:
             return nn.Parameter(start) if learned else None
 
         self.factor = parameter(torch.ones(1), "inputs" in learn and static)
-        self.shift = parameter(torch.zeros(n), "shift" in learn and folds and site.takes_shift and static)
+        self.shift = parameter(torch.zeros(n), "shift" in learn and folds and shifts and static)
         self.log_scale = parameter(torch.zeros(n), "scale" in learn and folds)
 
     @property
@@ -59,11 +60,11 @@ class LearnedSite(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The transformed input, as it is and on its grid."""
-        if self.shift is not None:
-            x = x - self.shift
-        if self.scale is not None:
-            x = x / self.scale
         moved = self.quantizer.transformed(x)
+        if self.shift is not None:
+            moved = moved - self.shift
+        if self.scale is not None:
+            moved = moved / self.scale
         return moved, _on_grid(self.quantizer, moved, self.factor)
 
     @torch.no_grad()
@@ -72,6 +73,12 @@ class LearnedSite(nn.Module):
         _step(self.factor, INPUT_RATE * rate, FACTORS)
         _step(self.log_scale, SCALE_RATE * rate)
         _step(self.shift, SHIFT_RATE * steps * rate)
+
+    def moved(self, shift: Tensor | None) -> Tensor | None:
+        """What a linear's input subtracts from now on, that subtracted ``shift``."""
+        if shift is not None and self.shift is not None and not self.site.takes_shift:
+            shift = shift + self.shift.detach()
+        return shift if shift is None or self.scale is None else shift / self.scale.detach()
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -140,6 +147,7 @@ class LearnedLinear(CalledAsWeight, nn.Module):
         module.set_codes(self._codes().to(torch.int8).view(self.shape), self.scale * self.factor, self.zero)
         if self.site.shift is not None:
             module.bias = self._bias()
+        module.input.shift = self.site.moved(module.input.shift)
         if factor is not None and module.input.scale is not None:
             module.input.scale = module.input.scale * factor.detach()
         return module
