@@ -227,8 +227,8 @@ def tried(
     few_blocks = fewer_blocks(scheme, network)
 
     def attempt(candidate: Candidate, batches: list[Batch]) -> nn.Module:
-        few = {**common, **candidate.options_with(options), "samples": rows, "refine": 0, "progress": False}
-        few |= {"tokenizer": tokenizer, "report": False}
+        few = {**common, **candidate.options_with(options), "samples": rows, "refine": 0, "learn": None}
+        few |= {"tokenizer": tokenizer, "report": False, "progress": False}
         model: nn.Module = quantize(copy.deepcopy(network), few_blocks, candidate.method, batches, **few).network
         return model
 

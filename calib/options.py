@@ -106,8 +106,11 @@ class RecipeOptions:
         Option(min=0, help="Steps of learning from each block's output. Default: 0, or what auto's recipe says."),
     ] = None
     learn: Annotated[
-        str, Option(help="What --refine learns: rounding, clipping, inputs (static scales), scale and shift of os+.")
-    ] = "rounding,clipping"
+        str | None,
+        Option(
+            help="What --refine learns of rounding,clipping,inputs,scale,shift (inputs: static scales); the first two."
+        ),
+    ] = None
     inputs: Annotated[str, Option(help="Calibrate a block on quantized or float outputs of those before it.")] = (
         "quantized"
     )
@@ -152,7 +155,7 @@ class RecipeOptions:
             "inputs": one_of("inputs", self.inputs, ("quantized", "float")),
             "damp": self.damp,
             "refine": self.refine,
-            "learn": tuple(one_of("learn", part.strip(), LEARNED) for part in self.learn.split(",")),
+            "learn": None if self.learn is None else tuple(one_of("learn", p, LEARNED) for p in self.learn.split(",")),
             "bias_correction": self.bias_correction,
             "float_rows": self.float_rows,
             "prefix": _prefix(self.prefix, model),

@@ -288,10 +288,14 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
             raise InputError("weights are truncated without a prefix", "use --prefix none")
         given["prefix"] = "none"
     formats = [scheme.weights, *(each.weights for each in scheme.overrides)]
-    if given.get("refine") and not all(isinstance(spec, AffineSpec) for spec in formats):
-        raise InputError(
-            f"refine learns affine grids, and {scheme.name} has another", "choose e.g. w4a16, or no refine"
-        )
+    if given.get("refine") and not (scheme.rounds and all(isinstance(spec, AffineSpec) for spec in formats)):
+        what = "has another" if scheme.rounds else "has none"
+        raise InputError(f"refine learns affine grids, and {scheme.name} {what}", "choose e.g. w4a16, or no refine")
+    learn = given.get("learn", ())
+    if learn and not given.get("refine"):
+        raise InputError("learn says what refine learns, and refine is 0", "add refine, say 40 steps")
+    if {"inputs", "shift"} & set(learn) and not scheme.static:  # type: ignore[call-overload]
+        raise InputError(f"{scheme.name} has no static inputs to learn", "learn rounding, clipping, scale")
     if given.get("float_rows") and not scheme.static:
         raise InputError(
             "rows beyond the static range run in float, and this scheme has no static range",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import calib
-from calib.nn import ActivationQuantizer, QuantLinear
+from calib.errors import InputError
+from calib.nn import ActivationQuantizer, LowRankLinear, QuantLinear
 from calib.quantizers import AffineSpec
+from calib.recipe import recipe
+from calib.recipe import scheme as scheme_of
 from calib.tuning import FoldableSite, reconstruct
 from calib.tuning.reconstruct import LearnedLinear, LearnedSite
 from tests.families import batches, build
@@ -138,6 +142,11 @@ def test_everything_learned_survives_saving(family: str, tmp_path: Path) -> None
     plain = calib.quantize(build(family), "w4a8-static", "os+", batches(family, 8), prefix="none", progress=False)
     for name, site in result.report["sites"].items():
         assert site["refined"][1] <= site["refined"][0], name
+        for path, module in result.model.named_modules():
+            if any(path.endswith(f".{own}") and name.startswith(path[: -len(own)]) for own in site["consumers"]):
+                assert site["input_scale"] == pytest.approx(float(module.input.scale)), (
+                    "the report's is the learned one"
+                )
     batch = batches(family, 1)[0]
     want, found, start = (m(**batch).logits for m in (build(family), calib.load(tmp_path / "out"), plain.model))
     assert (found - want).norm() < (start - want).norm()
@@ -157,3 +166,76 @@ def test_refining_is_repeatable_and_never_worse_on_held_out_windows(family: str,
     for name, site in first.report["sites"].items():
         before, after = site["refined"]
         assert after < before or any(name.startswith(f"{block}.") for block in undone), name
+
+
+@pytest.mark.parametrize(
+    "scheme, options, said",
+    [
+        ("w4a16", {"learn": ("rounding",)}, "refine is 0"),
+        ("w2a16", {"refine": 4}, "w2a16 has another"),
+        ("none", {"refine": 4}, "none has none"),
+        ("w4a16", {"learn": ("inputs",), "refine": 4}, "w4a16 has no static inputs to learn"),
+        ("w4a8", {"learn": ("rounding", "shift"), "refine": 4}, "w4a8 has no static inputs to learn"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(scheme: str, options: dict[str, Any], said: str) -> None:
+    method, more = ("low_rank", {"keep": 0.5}) if scheme == "none" else ("rtn", {})
+    with pytest.raises(InputError, match=said):
+        recipe(scheme_of(scheme), method, **options, **more)
+    if scheme != "none":
+        with pytest.raises(InputError, match=said):
+            calib.quantize(build("llama"), scheme, "auto", batches("llama", 4), **{"refine": 0, **options})
+
+
+def test_auto_learns_what_it_is_told_to() -> None:
+    result = calib.quantize(
+        build("llama"), "w4a8-static", "auto", batches("llama", 12), refine=4, learn=("rounding", "inputs"),
+        progress=False,
+    )  # fmt: skip
+    assert result.recipe.learn == ("rounding", "inputs") and result.recipe.refine == 4
+
+
+def test_an_excluded_block_has_nothing_to_learn() -> None:
+    result = calib.quantize(
+        build("llama"), scheme_of("w4a8", exclude=[r".*layers\.0\..*"]), "rtn", batches("llama", 8), refine=8,
+        progress=False,
+    )  # fmt: skip
+    refined = {name for name, site in result.report["sites"].items() if "refined" in site}
+    assert refined and all(".layers.1." in name for name in refined)
+
+
+def test_truncated_linears_learn_too() -> None:
+    """Their factors' codes are what moves, and the block's error falls."""
+    common: dict[str, Any] = {"keep": 0.7, "select": "uniform", "progress": False}
+    learned, plain = (
+        calib.quantize(build("llama"), "w4a8", "low_rank,gptq", batches("llama", 8), **common, refine=steps)
+        for steps in (20, 0)
+    )
+    first, other = (r.model.get_submodule("model.layers.0.mlp.up_proj") for r in (learned, plain))
+    assert isinstance(first, LowRankLinear) and not torch.equal(first.down.codes(), other.down.codes())
+    assert all(site["refined"][1] < site["refined"][0] for site in learned.report["sites"].values())
+
+
+def test_what_no_site_learns_is_a_note() -> None:
+    learn = ("rounding", "scale", "shift")  # behind norms only, and here every norm comes after its sum
+    result = calib.quantize(
+        build("bert"), "w4a8-static", "rtn", batches("bert", 4), refine=4, learn=learn, progress=False
+    )
+    assert any(note.endswith("no site here learns scale or shift") for note in result.report["notes"])
+
+
+@pytest.mark.parametrize(
+    "method, options", [("os+,rtn,low_rank", {"rank": 2}), ("os+,rtn,low_rank", {"keep": 0.7, "select": "uniform"})]
+)
+def test_inputs_that_others_read_are_not_moved(method: str, options: dict[str, Any]) -> None:
+    """A side branch, or a truncated neighbour, reads the input too: shift and scale stay, and the model is no worse."""
+    common = {"prefix": "none", "progress": False, **options}
+    learned, plain = (
+        calib.quantize(build("llama"), "w4a8-static", method, batches("llama", 8), **common, **more).model
+        for more in ({"refine": 12, "learn": EVERYTHING}, {})
+    )
+    batch = batches("llama", 1)[0]
+    want, found, start = (m(**batch).logits for m in (build("llama"), learned, plain))
+    assert (found - want).norm() < 1.02 * (start - want).norm()
+    norms = [name for name in plain.state_dict() if "layers.0" in name and "norm" in name]
+    assert norms and all(torch.equal(plain.state_dict()[name], learned.state_dict()[name]) for name in norms)

@@ -250,6 +250,8 @@ class BlockCalibration:
     def refine(self, targets: HiddenList) -> None:
         """Learn what the recipe's ``learn`` names from the block's output error against ``targets``, one hidden state a
         batch."""
+        if not self.floats:  # all of the block is excluded
+            return
         device = device_of(self.block)
         found = reconstruct(
             self.block,
@@ -265,8 +267,14 @@ class BlockCalibration:
         )
         if not found.taken:
             self.notes.append(f"{self.name}: learned rounding did not lower the held-out error, the solver's stays")
-        for record in self.record.values():
+        if found.missing:
+            self.notes.append(f"{self.name}: no site here learns {' or '.join(found.missing)}")
+        for state in self.states:
+            record = self.record[f"{self.name}.{state.target.name}"]
             record["refined"] = [found.before, found.after]
+            module = self.block.get_submodule(state.site.consumers[0])
+            if isinstance(module, QuantLinear) and module.input.scale is not None:
+                record["input_scale"] = float(module.input.scale)
 
     def _foldable(self, state: SiteState) -> FoldableSite:
         """The site as learning sees it: a norm takes what is learned of its channels, where all who read it change."""
@@ -367,7 +375,9 @@ class BlockCalibration:
             name, entry = f"{self.name}.{path}", self.plan.entries[f"{self.name}.{path}"]
             entry.rank = low_rank.rank(name)
             if entry.rank is not None:
-                module = low_rank.factored(name, linear, state, moments, quantizer, self.rounding)
+                module, floats = low_rank.factored(name, linear, state, moments, quantizer, self.rounding)
+                if self.recipe.refine:
+                    self.floats |= {f"{path}.{part}": weight for part, weight in floats.items()}
                 entry.bits = low_rank.stored_bits(entry.shape, entry.rank, linear.weight.dtype)
                 self.block.set_submodule(path, module)
                 self.linears[path] = linear

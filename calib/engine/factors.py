@@ -41,20 +41,20 @@ class LowRankWork:
         moments: Moments,
         quantizer: ActivationQuantizer,
         rounding: WeightMethod | None,
-    ) -> LowRankLinear:
-        """The linear's first bases as two linears, rounded as the scheme says."""
+    ) -> tuple[LowRankLinear, dict[str, Tensor]]:
+        """The linear's first bases as two linears, rounded as the scheme says; what was rounded, by attribute."""
         recipe, rank = self.method.recipe, self.ranks[name]
         assert rank is not None
         known = replace(statistics(state, moments), fisher=self.fisher.get(name))
         b, a = self.method.bases(linear.weight.detach(), known).factors(rank)
         dtype, bias = linear.weight.dtype, None if linear.bias is None else linear.bias.detach()
         if not recipe.scheme.rounds:
-            return LowRankLinear.of(b, a, bias, dtype)
+            return LowRankLinear.of(b, a, bias, dtype), {}
         gram = known.gram.double()
         inner = a @ gram @ a.T
         down = _rounded(a.to(dtype), None, copy.deepcopy(quantizer), gram, recipe, rounding)
         up = _rounded(b.to(dtype), bias, _between(a, state, recipe), inner, recipe, rounding)
-        return LowRankLinear(down, up)
+        return LowRankLinear(down, up), {"down": a.to(dtype), "up": b.to(dtype)}
 
     def stored_bits(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> float:
         """Bits that both factors take, a weight of the whole."""

@@ -9,7 +9,7 @@ that were solved for. Kept only where the error on windows held fixed falls.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from calib.errors import InputError
 from calib.nn import ActivationQuantizer, CalledAsWeight, QuantLinear
-from calib.quantizers import AffineSpec, grouped
+from calib.quantizers import AffineSpec, grouped, straight
 
+LEARN = ("rounding", "clipping")  # unless more is asked for
 INSIDE = 0.49  # how far from its code a weight may lie at the start
 FACTORS = (0.7, 1.2)  # of a scale
 # Of signed steps, whose rates fall to 0: a parameter moves by half of this at most. A tenth of AutoRound's for rounding
@@ -53,6 +54,11 @@ class LearnedSite(nn.Module):
         self.factor = parameter(torch.ones(1), "inputs" in learn and static)
         self.shift = parameter(torch.zeros(n), "shift" in learn and folds and shifts and static)
         self.log_scale = parameter(torch.zeros(n), "scale" in learn and folds)
+
+    @property
+    def learns(self) -> set[str]:
+        parts = {"inputs": self.factor, "shift": self.shift, "scale": self.log_scale}
+        return {name for name, parameter in parts.items() if parameter is not None}
 
     @property
     def scale(self) -> Tensor | None:
@@ -94,9 +100,7 @@ class LearnedLinear(CalledAsWeight, nn.Module):
     codes round(u / f + v), u the weight over its scale, moved where need be until it rounds to the code it has.
     """
 
-    def __init__(
-        self, module: QuantLinear, weight: Tensor, site: LearnedSite, learn: Collection[str] = ("rounding", "clipping")
-    ) -> None:
+    def __init__(self, module: QuantLinear, weight: Tensor, site: LearnedSite, learn: Collection[str] = LEARN) -> None:
         super().__init__()
         spec = module.weight_spec
         if not isinstance(spec, AffineSpec):
@@ -168,10 +172,7 @@ def _on_grid(quantizer: ActivationQuantizer, moved: Tensor, factor: Tensor | Non
         return moved
     if factor is not None:
         assert quantizer.scale is not None and quantizer.zero_point is not None
-        scale, zero = quantizer.scale * factor, quantizer.zero_point.float()
-        steps = moved / scale
-        steps = steps + (steps.round() - steps).detach()
-        return steps.clamp(float(quantizer.spec.qmin - zero), float(quantizer.spec.qmax - zero)) * scale
+        return straight.affine(moved, quantizer.scale * factor, quantizer.zero_point, quantizer.spec)
     with torch.no_grad():
         got = quantizer.on_grid(moved)
     if quantizer.scale is None:
@@ -182,12 +183,14 @@ def _on_grid(quantizer: ActivationQuantizer, moved: Tensor, factor: Tensor | Non
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """before, after: the block's mean squared output error on the windows held fixed; taken: whether it fell."""
+    """before, after: the block's mean squared output error on the windows held fixed; taken: whether it fell.
+    missing: what was to be learned, and no site has."""
 
     before: float
     after: float
     taken: bool
     steps: int
+    missing: tuple[str, ...]
 
 
 def reconstruct(
@@ -199,7 +202,7 @@ def reconstruct(
     steps: int,
     seed: int,
     held: int = 2,
-    learn: Collection[str] = ("rounding", "clipping"),
+    learn: Collection[str] = LEARN,
     sites: Sequence[FoldableSite] = (),
 ) -> Reconstruction:
     """Learn how the block's QuantLinears named in ``floats`` (their weights, [m, n]) are rounded.
@@ -228,8 +231,11 @@ def reconstruct(
     for site in (*sites, *(FoldableSite((path,)) for path in start if all(path not in s.paths for s in sites))):
         paths = [path for path in site.paths if path in start]
         if paths:
+            if len(paths) < len(site.paths) or any(start[path].side is not None for path in paths):
+                site = replace(site, fold=None)  # others read the input that would be folded
             inputs.append(LearnedSite(start[paths[0]].input, site, learn))
             learning |= {path: LearnedLinear(start[path], floats[path], inputs[-1], learn) for path in paths}
+    missing = tuple(name for name in learn if name not in LEARN and all(name not in site.learns for site in inputs))
     for path, module in learning.items():
         block.set_submodule(path, module)
     parts: list[LearnedLinear | LearnedSite] = [*learning.values(), *inputs]
@@ -253,4 +259,4 @@ def reconstruct(
     if taken:
         for each in inputs:
             each.settle()
-    return Reconstruction(before, after, taken, steps)
+    return Reconstruction(before, after, taken, steps, missing)
