@@ -229,10 +229,9 @@ def grid(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]
         yield f"{target}: float", lambda t=target: run(None, t, t, 1.0, 0)  # type: ignore[misc]
         for keep, arm in itertools.product((0.9, 0.7, 0.5, 0.3), [*ARMS, *SMALL]):
             for seed in range(3 if arm.trained or arm.tuned else 1):
-                yield (
-                    f"{target}: {keep} {arm.name}, seed {seed}",
-                    lambda a=arm, t=target, k=keep, s=seed: run(a, t, t, k, s),  # type: ignore[misc]
-                )
+                rate = f", lr {args.lr:g}" if arm.trained or arm.tuned else ""
+                name = f"{target}: {keep} {arm.name}{rate}, seed {seed}"
+                yield name, lambda a=arm, t=target, k=keep, s=seed: run(a, t, t, k, s)  # type: ignore[misc]
         for arm in PLAIN:
             yield f"{target}: {arm.name}", lambda a=arm, t=target: run(a, t, t, 1.0, 0)  # type: ignore[misc]
         for keep in (0.7, 0.5):
