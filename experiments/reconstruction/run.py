@@ -1,10 +1,11 @@
-"""Block reconstruction on SmolLM2-135M: rounding, and clipping, learned by each block's output.
+"""Block reconstruction on SmolLM2-135M: rounding, clipping and what else can be learned by each block's output.
 
     python -m experiments.reconstruction.run [--only 'w3a16'] [--seed 1]
     python -m experiments.reconstruction.run --figure
 
-Symmetric weights in groups of 64; calibrated on 32 x 512 tokens of WikiText-2's validation text, judged on 40 x 512 of
-its test text. ``learned``: 40 steps a block of two windows each. A cell takes 3 to 15 minutes of a core; those of
+Symmetric weights, of A16 in groups of 64, else a scale a row; calibrated on 32 x 512 tokens of WikiText-2's validation
+text, judged on 40 x 512 of its test text. ``learned``: rounding and clipping, 40 steps a block of two windows each;
+``all learned``: static input scales and OS+'s shift and scale too. A cell takes 3 to 15 minutes of a core; those of
 results-smollm2.json are not run again, and what experiments/accuracy has run is copied from its table.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from calib.options import LEARNED as EVERYTHING
 from experiments.accuracy import run as accuracy
 from experiments.accuracy.run import LEARNED, ON, PLAIN, Arm, cell, stored
 from experiments.recovery import Figures, Results
@@ -26,14 +28,15 @@ DRIVER = accuracy.DRIVERS["smollm2"]
 RTN, GPTQ = Arm("rtn", "rtn", PLAIN), Arm("gptq", "gptq", PLAIN)
 ROUNDING = Arm("rtn, learned", "rtn", {**PLAIN, "refine": 40, "batch_size": 2})  # what AutoRound learns, and its start
 ALL = Arm("gptq, prefix, learned", "gptq", LEARNED)
+OSPLUS = {"": ON, ", learned": LEARNED, ", all learned": {**LEARNED, "learn": EVERYTHING}}
+OS_PLUS = [("w4a8-static", name) for name in OSPLUS] + [("w4a8", ""), ("w4a8", ", learned")]
 CELLS = [  # the most telling first
     ("w4a16", ALL),
     ("w3a16", GPTQ),
     ("w3a16", ALL),
     ("w4a16", ROUNDING),
     ("w4a16", GPTQ),
-    ("w4a8", Arm("os+,gptq, prefix, learned", "os+,gptq", LEARNED)),
-    ("w4a8", Arm("os+,gptq, prefix", "os+,gptq", ON)),
+    *((scheme, Arm(f"os+,gptq, prefix{name}", "os+,gptq", OSPLUS[name])) for scheme, name in OS_PLUS),
     ("w4a8", RTN),
     ("w3a16", RTN),
     ("w4a16", RTN),
@@ -46,10 +49,10 @@ RIVALS = {"w4a16": {"AutoRound": 26.97, "LLM Compressor's GPTQ": 31.57}, "w3a16"
 def figure(results: Results) -> None:
     from matplotlib import pyplot
 
-    _, axes = pyplot.subplots(1, 3, figsize=(11, 3.5))
-    for axis, scheme in zip(axes, ("w4a16", "w3a16", "w4a8"), strict=True):
+    _, axes = pyplot.subplots(1, 4, figsize=(14, 3.5))
+    for axis, scheme in zip(axes, ("w4a16", "w3a16", "w4a8", "w4a8-static"), strict=True):
         for name, cells in results.cells.items():
-            if name.startswith(scheme):
+            if name.startswith(f"{scheme}, "):
                 points = [(f["cpu_seconds"], f["perplexity"]) for f in cells.values()]
                 axis.scatter(*zip(*points, strict=True), label=name.removeprefix(f"{scheme}, "))
         for colour, (name, value) in zip(("grey", "silver"), RIVALS.get(scheme, {}).items(), strict=False):
