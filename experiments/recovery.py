@@ -183,7 +183,11 @@ def bits_of(model: torch.nn.Module) -> float:
     for module in model.modules():
         if isinstance(module, calib.nn.QuantLinear):
             shape, spec = (module.out_features, module.in_features), module.weight_spec
-            each = bits_per_weight(shape, spec, 16) if isinstance(spec, AffineSpec) else spec.bits_per_weight(shape)
+            each = (
+                bits_per_weight(shape, spec, 16, spec.bits)
+                if isinstance(spec, AffineSpec)
+                else spec.bits_per_weight(shape)
+            )
             bits, weights = bits + each * math.prod(shape), weights + math.prod(shape)
     return bits / weights
 

@@ -292,7 +292,7 @@ def test_half_precision_is_nearer_packed_than_the_rounding_of_fake(
     x = torch.randn(3, 5, 64).to(dtype)
     exact = module.set_mode("fake")(x.float())
     module = module.to(dtype)
-    assert module.dtype == dtype and module.weight_scale.dtype == torch.float32
+    assert module.dtype == dtype and module.weight_scale.dtype == module.weight_spec.scale_dtype
     assert module.input.scale is None or module.input.scale.dtype == torch.float32
     worst = {}
     for mode in ("fake", "packed"):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib.errors import InputError, NumericsError
+from calib.nn import ActivationQuantizer, QuantLinear
 from calib.quantizers import (
     AffineSpec,
     bits_per_weight,
@@ -180,9 +181,32 @@ def test_a_group_that_does_not_divide_is_refused() -> None:
 
 
 def test_bits_per_weight() -> None:
-    assert bits_per_weight((64, 128), AffineSpec(4, granularity="group", group_size=64), 16) == 4.25
-    assert bits_per_weight((64, 128), AffineSpec(4, False, "group", 64), 16) == 4.3125
+    assert bits_per_weight((64, 128), AffineSpec(4, granularity="group", group_size=64)) == 4.25
+    assert bits_per_weight((64, 128), AffineSpec(4, False, "group", 64)) == 4.375
+    assert bits_per_weight((64, 128), AffineSpec(4, False, "group", 64), 16, 4) == 4.3125, "as packed zero points"
     assert bits_per_weight((64, 128), AffineSpec(8)) == 8.25
+
+
+@few
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(2, 8), st.booleans(), st.sampled_from([1, 3, 8, 32]))
+def test_bits_per_weight_is_what_is_stored(out: int, groups: int, bits: int, symmetric: bool, size: int) -> None:
+    for spec in (AffineSpec(bits, symmetric, "group", size), AffineSpec(bits, symmetric)):
+        shape = out, groups * size
+        module = QuantLinear.from_float(torch.randn(shape), None, spec, ActivationQuantizer(None, shape[1]))
+        stored = sum(t.numel() * t.element_size() for name, t in module.state_dict().items() if "weight" in name)
+        assert stored * 8 == pytest.approx(bits_per_weight(shape, spec) * out * shape[1], rel=1e-9)
+
+
+@few
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=128, max_size=128), st.booleans())
+def test_scales_of_groups_are_exact_in_bf16(values: list[float], symmetric: bool) -> None:
+    """So what was measured is what any export holds; bf16 rounds by 2^-8 at most, and so the ends of a range move."""
+    weight, spec = torch.tensor(values).view(4, 32), AffineSpec(8, symmetric, "group", 8)
+    scale, zero = qparams(*minmax(weight, spec), spec)
+    assert torch.equal(scale.bfloat16().float(), scale)
+    error = (fake_quantize(weight, scale, zero, spec) - weight).view(4, 4, 8).abs()
+    ends = 0 if symmetric else (spec.qmax - spec.qmin) / 256
+    assert bool((error <= (0.501 + ends) * scale + 1e-6).all())
 
 
 # ranges

@@ -37,7 +37,7 @@ def load_integer(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | N
     described: dict[str, dict[str, Any]] = {}
     for name in names:
         spec, inputs = groups.get(name) or groups.get("Linear") or (None, None)
-        if spec is None:
+        if spec is None or not _held(tensors[f"{name}.weight_scale"], spec.scale_dtype):
             return None
         group = _take(tensors, name, spec, inputs)
         described.setdefault(repr(group), {**group, "targets": []})["targets"].append(name)
@@ -74,6 +74,11 @@ def _groups(quantization: Mapping[str, Any]) -> dict[str, tuple[AffineSpec, Affi
     return found
 
 
+def _held(scale: Tensor, dtype: torch.dtype) -> bool:
+    """Whether every scale stays what it is in ``dtype``."""
+    return torch.equal(scale.to(dtype).double(), scale.double())
+
+
 def _spec(args: Mapping[str, Any]) -> AffineSpec:
     if args.get("type", "int") != "int" or args.get("strategy") not in (
         "tensor",
@@ -103,7 +108,7 @@ def _take(tensors: dict[str, Tensor], name: str, spec: AffineSpec, inputs: Affin
         tensors[f"{name}.weight"] = unpack(tensors.pop(f"{name}.weight_packed"), 8, int(shape[1]))
     elif spec.bits < 8 and f"{name}.weight" in tensors:
         tensors[f"{name}.weight_packed"] = pack(tensors.pop(f"{name}.weight"), spec.bits)
-    for key, dtype in (("weight_scale", torch.float32), ("weight_zero_point", torch.int32)):
+    for key, dtype in (("weight_scale", spec.scale_dtype), ("weight_zero_point", torch.int8)):
         move(key, key, dtype)
         if spec.granularity == "group" and f"{name}.{key}" in tensors:
             tensors[f"{name}.{key}"] = tensors[f"{name}.{key}"].unsqueeze(-1)

@@ -42,7 +42,7 @@ from calib.nn.kv_cache import INT8
 from calib.quantizers import AffineSpec
 
 METHOD = "calib"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODE_VARIABLE = "CALIB_MODE"  # 'packed' (default) or 'fake': what from_pretrained leaves the linears in
 
 

@@ -51,6 +51,7 @@ MODULE_CALLS = 3  # Python calls a counted op costs, as modules and hooks go
 ITEM = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 NAMES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEADER = {8: "F64", 4: "F32", 2: "F16"}
+SCALES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Stored = dict[str, tuple[str, int, tuple[int, ...]]]  # name -> (safetensors dtype, bytes an element, shape)
 
 
@@ -86,10 +87,9 @@ def stored(bones: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Stored:
         else:
             out[f"{name}.weight_packed"] = ("I32", 4, (m, spec.words(n)))  # rows padded to whole words
         shape = spec.scale_shape(m, n)
-        size = spec.scale_dtype.itemsize
-        out[f"{name}.weight_scale"] = (HEADER[size], size, shape)
+        out[f"{name}.weight_scale"] = (SCALES[spec.scale_dtype], spec.scale_dtype.itemsize, shape)
         if not spec.symmetric:
-            out[f"{name}.weight_zero_point"] = ("I32", 4, shape)
+            out[f"{name}.weight_zero_point"] = ("I8", 1, shape)
         if linear._parameters.get("bias") is not None or name in gained or recipe.bias_correction:
             out[f"{name}.bias"] = (HEADER[item], item, (m,))
         if inputs is not None and not inputs.dynamic:

@@ -37,8 +37,8 @@ class QuantLinear(CalledAsWeight, nn.Module):
     """y = Q_a(x) Q_w(W)^T + b.
 
     Buffers are the checkpoint: ``weight`` int8 [out, in] at 8 bits, else ``weight_packed`` int32 [out,
-    words]; ``weight_scale`` (fp32; fp16 of low-bit grids) and ``weight_zero_point`` int32 (asymmetric only) of
-    shape [1], [out, 1] or [out, in/g, 1], with two planes [..., 2]; ``bias`` fp32 or model dtype [out];
+    words]; ``weight_scale`` (fp32; of groups bf16, of low-bit grids fp16) and ``weight_zero_point`` int8 (asymmetric
+    only) of shape [1], [out, 1] or [out, in/g, 1], with two planes [..., 2]; ``bias`` fp32 or model dtype [out];
     ``input.*`` of ActivationQuantizer; ``side.*`` of a SideBranch, which takes the transformed input in floats and
     adds to the result in every mode. ``mode`` 'packed' runs the fastest kernel this machine has for the
     format, 'fake' the arithmetic that defines the same result
@@ -78,7 +78,7 @@ class QuantLinear(CalledAsWeight, nn.Module):
         self.register_buffer("weight_packed", None if eight else torch.zeros(out_features, words, dtype=torch.int32))
         shape = weight_spec.scale_shape(out_features, in_features)
         self.register_buffer("weight_scale", torch.ones(shape, dtype=weight_spec.scale_dtype))
-        zero_point = None if weight_spec.symmetric else torch.zeros(shape, dtype=torch.int32)
+        zero_point = None if weight_spec.symmetric else torch.zeros(shape, dtype=torch.int8)
         self.register_buffer("weight_zero_point", zero_point)
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
         self.side: SideBranch | None = None
@@ -114,7 +114,7 @@ class QuantLinear(CalledAsWeight, nn.Module):
         shape = self.weight_spec.scale_shape(self.out_features, self.in_features)
         self.weight_scale = scale.to(self.weight_spec.scale_dtype).reshape(shape)
         if not self.weight_spec.symmetric:
-            self.weight_zero_point = zero_point.to(torch.int32).reshape(shape)
+            self.weight_zero_point = zero_point.to(torch.int8).reshape(shape)
         if self.weight_spec.bits == 8:
             self.weight = codes.contiguous()
         else:
@@ -135,7 +135,7 @@ class QuantLinear(CalledAsWeight, nn.Module):
         one = self.weight_spec.granularity == "tensor"
         scale = self.weight_scale if one else self.weight_scale[rows]
         zero = self.weight_zero_point
-        zero = scale.new_zeros((), dtype=torch.int32) if zero is None else zero if one else zero[rows]
+        zero = scale.new_zeros((), dtype=torch.int8) if zero is None else zero if one else zero[rows]
         return self.weight_spec.decode(codes, scale, zero).to(self.dtype)
 
     def set_mode(self, mode: Mode) -> QuantLinear:

@@ -73,7 +73,11 @@ class AffineSpec:
 
     # What a weight format has to offer, as LevelSpec and DualBinarySpec do; see ``WeightSpec``.
     integer = True  # values are integers times one scale a granule
-    scale_dtype = torch.float32
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What a weight's scales are kept in. Those of groups are many: half as large, and exact in every export."""
+        return torch.bfloat16 if self.granularity == "group" else torch.float32
 
     def scale_shape(self, out: int, n: int) -> tuple[int, ...]:
         """Of the scales of a weight [out, n]."""
@@ -117,21 +121,21 @@ class Granular(Protocol):
 def qparams(lo: Tensor, hi: Tensor, spec: AffineSpec) -> tuple[Tensor, Tensor]:
     """Scale (fp32) and zero point (int32) of the ranges [lo, hi], elementwise over any shape.
 
-    A range that is the point 0 gets scale EPS. NaN or infinity pass into the scale, so that a dynamic row
-    that holds one comes out NaN; static ranges are checked where they are chosen (``weight_range``,
-    ``tensor_range``).
+    A group's scale is one that bf16 holds. A range that is the point 0 gets scale EPS. NaN or infinity pass into
+    the scale, so that a dynamic row that holds one comes out NaN; static ranges are checked where they are chosen
+    (``weight_range``, ``tensor_range``).
     """
     lo, hi = lo.float().clamp(max=0.0), hi.float().clamp(min=0.0)
     if spec.symmetric:
-        scale = _floored(torch.maximum(-lo, hi).div_(spec.qmax))
+        scale = _stored(torch.maximum(-lo, hi).div_(spec.qmax), spec)
         return scale, torch.zeros_like(scale, dtype=torch.int32)
-    scale = _floored((hi - lo).div_(spec.qmax - spec.qmin))
+    scale = _stored((hi - lo).div_(spec.qmax - spec.qmin), spec)
     zero_point = torch.div(lo, scale).round_().neg_().add_(spec.qmin).clamp_(spec.qmin, spec.qmax)
     return scale, zero_point.nan_to_num_(0.0).to(torch.int32)
 
 
-def _floored(scale: Tensor) -> Tensor:
-    return scale.masked_fill_(scale < SMALLEST_SCALE, EPS)
+def _stored(scale: Tensor, spec: AffineSpec) -> Tensor:
+    return scale.masked_fill_(scale < SMALLEST_SCALE, EPS).to(spec.scale_dtype).float()
 
 
 def grouped(x: Tensor, spec: Granular) -> Tensor:
@@ -199,8 +203,11 @@ def fake_quantize_dynamic(x: Tensor, spec: AffineSpec) -> Tensor:
     return fake_quantize(x, scale, zero_point, spec)
 
 
-def bits_per_weight(shape: tuple[int, int], spec: AffineSpec, scale_bits: int = 32) -> float:
-    """Stored bits per weight including scales (and zero points, at the grid's own width)."""
+def bits_per_weight(
+    shape: tuple[int, int], spec: AffineSpec, scale_bits: int | None = None, zero_bits: int = 8
+) -> float:
+    """Stored bits per weight: codes padded to words, scales, zero points. scale_bits: None, ``spec.scale_dtype``'s."""
     out, n = shape
     scales = {"tensor": 1, "channel": out, "group": out * n // (spec.group_size or n), "token": out}[spec.granularity]
-    return spec.bits + scales * (scale_bits + (0 if spec.symmetric else spec.bits)) / (out * n)
+    each = (scale_bits or 8 * spec.scale_dtype.itemsize) + (0 if spec.symmetric else zero_bits)
+    return (spec.words(n) * 32 / n if spec.bits < 8 else 8) + scales * each / (out * n)

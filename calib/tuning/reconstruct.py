@@ -108,13 +108,13 @@ class LearnedLinear(CalledAsWeight, nn.Module):
         self.module, self.spec, self.shape, self.site, self.learn = module, spec, weight.shape, site, learn
         self.weight_float = weight
         scale, zero = module.weight_scale, module.weight_zero_point
-        self.scale = scale
+        self.scale = scale.float()
         self.zero = torch.zeros((), dtype=torch.float32) if zero is None else zero.float()
         codes = grouped(module.codes(), spec).float() - self.zero
-        found = grouped(weight.float(), spec) / scale
+        found = grouped(weight.float(), spec) / self.scale
         self.start = codes + (found - codes).clamp_(-INSIDE, INSIDE)
         self.offset = nn.Parameter(torch.zeros_like(self.start))
-        self.factor = nn.Parameter(torch.ones_like(scale))
+        self.factor = nn.Parameter(torch.ones_like(self.scale))
 
     def _codes(self) -> Tensor:
         scale = self.site.scale
@@ -122,6 +122,11 @@ class LearnedLinear(CalledAsWeight, nn.Module):
         moved = start / self.factor + self.offset + self.zero
         rounded = moved + (moved.round() - moved).detach()
         return rounded.clamp(self.spec.qmin, self.spec.qmax)
+
+    def _scale(self) -> Tensor:
+        """What will be stored."""
+        scale = self.scale * self.factor
+        return straight.standing(scale, scale.detach().to(self.spec.scale_dtype).float())
 
     def _bias(self) -> Tensor | None:
         shift, bias = self.site.shift, self.module.bias
@@ -131,7 +136,7 @@ class LearnedLinear(CalledAsWeight, nn.Module):
         return added if bias is None else bias + added
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = (self._codes() - self.zero) * (self.scale * self.factor)
+        weight = (self._codes() - self.zero) * self._scale()
         moved, taken = self.site(x)
         y = F.linear(taken, weight.view(self.shape), self._bias())
         return y if self.module.side is None else y + self.module.side(moved)
@@ -148,7 +153,7 @@ class LearnedLinear(CalledAsWeight, nn.Module):
     def learned(self) -> QuantLinear:
         """The module, with the codes, scales and bias that were learned."""
         module, factor = self.module, self.site.factor
-        module.set_codes(self._codes().to(torch.int8).view(self.shape), self.scale * self.factor, self.zero)
+        module.set_codes(self._codes().to(torch.int8).view(self.shape), self._scale(), self.zero)
         if self.site.shift is not None:
             module.bias = self._bias()
         module.input.shift = self.site.moved(module.input.shift)

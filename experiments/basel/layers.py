@@ -109,7 +109,7 @@ def layers(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures
         whole = sum(m.weight.numel() for m in wanted.values())
         extra = sum(rank * sum(m.weight.shape) for m in wanted.values()) / whole
         spec = AffineSpec(bits, symmetric=False, granularity="group", group_size=64)
-        each = bits_per_weight((576, 576), spec, scale_bits=16)
+        each = bits_per_weight((576, 576), spec, 16, spec.bits)
         size = {"none": each, "with rank 16 in 16 bit": each + 16 * extra, "with rank 16 in 8 bit": each + 8 * extra}
         return {"output_error": found, "bits_per_weight": {**size, "one bit more": each + 1}}
 

@@ -98,7 +98,7 @@ def arms() -> list[Arm]:
 
 
 def bits_of(shape: tuple[int, int], spec: AnyWeight) -> float:
-    return bits_per_weight(shape, spec, 16) if isinstance(spec, AffineSpec) else spec.bits_per_weight(shape)
+    return bits_per_weight(shape, spec, 16, spec.bits) if isinstance(spec, AffineSpec) else spec.bits_per_weight(shape)
 
 
 def synthetic() -> None:
