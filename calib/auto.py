@@ -218,6 +218,8 @@ def tried(
         return Tried(found[0], [], f"auto: {found[0]}, the first candidate, untried ({why})", Memory(None, {}))
     progress, dtype = common["progress"], common["dtype"]
     network, tokenizer, _, _ = prepare.load_model(model, common["tokenizer"], dtype, progress, streamed=False)
+    if not prepare.is_generative(network):  # two windows are a thousand tokens, two sentences are fifty
+        found = [Candidate(c.method, {k: v for k, v in c.options.items() if k != "batch_size"}) for c in found]
     tokens = prepare.calibration_tokens(network, tokenizer, data, recipe)
     key = {} if isinstance(model, nn.Module) else prepare.fingerprint(model, recipe, tokens, dtype)
     memory = Memory(out if key else None, key)

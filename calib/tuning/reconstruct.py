@@ -8,7 +8,8 @@ that were solved for. Kept only where the error on windows held fixed falls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,8 @@ from calib.nn import ActivationQuantizer, CalledAsWeight, QuantLinear
 from calib.quantizers import AffineSpec, grouped, straight
 
 LEARN = ("rounding", "clipping")  # unless more is asked for
+HOPELESS = 1.3  # errors at first rise with the rates: by this much at half of the steps they have not come back
+STEP_TOKENS = 512  # that a step sees at least: the signs of fewer are noise (sentences of 25 tokens, two a batch)
 INSIDE = 0.49  # how far from its code a weight may lie at the start
 FACTORS = (0.7, 1.2)  # of a scale
 # Of signed steps, whose rates fall to 0: a parameter moves by half of this at most. A tenth of AutoRound's for rounding
@@ -188,7 +191,8 @@ def _on_grid(quantizer: ActivationQuantizer, moved: Tensor, factor: Tensor | Non
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """before, after: the block's mean squared output error on the windows held fixed; taken: whether it fell.
+    """before, after: the block's mean squared output error on the windows held fixed; taken: whether it fell; steps:
+    that were made.
     missing: what was to be learned, and no site has."""
 
     before: float
@@ -213,21 +217,34 @@ def reconstruct(
     """Learn how the block's QuantLinears named in ``floats`` (their weights, [m, n]) are rounded.
 
     run(i): the block's output on batch i; target(i): what it should be. masks[i]: which tokens count. Every step takes
-    one batch; rates fall linearly to 0. held: how many of the first batches judge start and end; they are
-    not learned from where there are four times as many. learn: of rounding, clipping (the weights' scales), inputs
+    one batch, or several until it has seen STEP_TOKENS; rates fall linearly to 0. held: how many of the first batches
+    judge start, middle (where an error HOPELESS times the start's ends it) and end; they are not learned from where
+    there are four times as many. learn: of rounding, clipping (the weights' scales), inputs
     (static scales), scale and shift (OS+'s, of sites that fold). Linears of a site share what is learned of its input.
     """
     start = {path: module for path in floats if isinstance(module := block.get_submodule(path), QuantLinear)}
     held = min(held, len(masks))
 
-    def loss(i: int) -> Tensor:
-        error = (run(i) - target(i)).float().square().sum(-1)
-        mask = masks[i]
-        return error.mean() if mask is None else error[mask].mean()
+    def errors(i: int) -> Tensor:
+        """Of each token that counts."""
+        error, mask = (run(i) - target(i)).float().square().sum(-1), masks[i]
+        return error.flatten() if mask is None else error[mask]
 
     def judged() -> float:
         with torch.no_grad():
-            return sum(float(loss(i)) for i in range(held)) / held
+            return sum(float(errors(i).mean()) for i in range(held)) / held
+
+    def shuffled() -> Iterator[int]:
+        while True:
+            yield from (first + torch.randperm(len(masks) - first, generator=generator)).tolist()[::-1]
+
+    def learn_from(batches: Iterator[int]) -> None:
+        seen = 0
+        for i in itertools.islice(batches, len(masks) - first):  # all of them at most
+            found = errors(i)
+            found.sum().backward()
+            if (seen := seen + found.numel()) >= STEP_TOKENS:
+                return
 
     first = held if len(masks) >= 4 * held else 0
     before = judged()
@@ -245,17 +262,15 @@ def reconstruct(
         block.set_submodule(path, module)
     parts: list[LearnedLinear | LearnedSite] = [*learning.values(), *inputs]
     generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    taken = False
+    batches, step, taken = shuffled(), 0, False
     try:
-        with torch.enable_grad():
-            for step in range(steps):
-                if not order:
-                    order = (first + torch.randperm(len(masks) - first, generator=generator)).tolist()
-                loss(order.pop()).backward()
-                rate = (1 - step / steps) / steps
-                for part in parts:
-                    part.descend(rate)
+        while step < steps and not (step == steps // 2 and judged() > HOPELESS * before):
+            with torch.enable_grad():
+                learn_from(batches)
+            rate = (1 - step / steps) / steps
+            for part in parts:
+                part.descend(rate)
+            step += 1
         after = judged()
         taken = after < before
     finally:
@@ -264,4 +279,4 @@ def reconstruct(
     if taken:
         for each in inputs:
             each.settle()
-    return Reconstruction(before, after, taken, steps, missing)
+    return Reconstruction(before, after, taken, step, missing)
