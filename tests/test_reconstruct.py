@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,39 @@ def test_inputs_that_others_read_are_not_moved(method: str, options: dict[str, A
     assert (found - want).norm() < 1.02 * (start - want).norm()
     norms = [name for name in plain.state_dict() if "layers.0" in name and "norm" in name]
     assert norms and all(torch.equal(plain.state_dict()[name], learned.state_dict()[name]) for name in norms)
+
+
+def small_task(batches: int, tokens: int) -> tuple[nn.Sequential, Tensor, list[Tensor], list[Tensor]]:
+    """A block of one quantized linear, its float weight, inputs and what it should make of them."""
+    module, weight = quantized(SPECS["channel"])
+    g = torch.Generator().manual_seed(2)
+    xs = [torch.randn(tokens, 32, generator=g) for _ in range(batches)]
+    targets = [nn.functional.linear(x, weight, module.bias) for x in xs]
+    return nn.Sequential(module).requires_grad_(False), weight, xs, targets
+
+
+@pytest.mark.parametrize("tokens, runs", [(64, 8), (512, 1), (700, 1), (4, 14)])
+def test_a_step_sees_enough_tokens(tokens: int, runs: int) -> None:
+    """512, or all that there is; of sixteen batches two judge."""
+    block, weight, xs, targets = small_task(16, tokens)
+    learned: list[int] = []
+
+    def run(i: int) -> Tensor:
+        if torch.is_grad_enabled():
+            learned.append(i)
+        return block(xs[i])
+
+    reconstruct(block, {"0": weight}, run, targets.__getitem__, [None] * 16, steps=3, seed=0, held=2)
+    assert len(learned) == 3 * runs and not {0, 1} & set(learned)
+    assert all(len(set(learned[s : s + runs])) == runs or tokens == 64 for s in range(0, 3 * runs, runs))
+
+
+def test_what_gets_worse_is_given_up_at_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["calib.tuning.reconstruct"]  # the package's attribute of this name is the function
+    monkeypatch.setattr(module, "FACTOR_RATE", 50.0)  # scales run to the ends of their range
+    block, weight, xs, targets = small_task(8, 64)
+    codes = block[0].codes().clone()
+    found = reconstruct(
+        block, {"0": weight}, lambda i: block(xs[i]), targets.__getitem__, [None] * 8, steps=20, seed=0, held=1
+    )
+    assert not found.taken and found.steps == 10 and torch.equal(block[0].codes(), codes)
