@@ -218,12 +218,12 @@ def reconstruct(
 
     run(i): the block's output on batch i; target(i): what it should be. masks[i]: which tokens count. Every step takes
     one batch, or several until it has seen STEP_TOKENS; rates fall linearly to 0. held: how many of the first batches
-    judge start, middle (where an error HOPELESS times the start's ends it) and end; they are not learned from where
-    there are four times as many. learn: of rounding, clipping (the weights' scales), inputs
+    judge start, middle (where an error HOPELESS times the start's ends it) and end, a quarter of all at most; they are
+    not learned from where there are four. learn: of rounding, clipping (the weights' scales), inputs
     (static scales), scale and shift (OS+'s, of sites that fold). Linears of a site share what is learned of its input.
     """
     start = {path: module for path in floats if isinstance(module := block.get_submodule(path), QuantLinear)}
-    held = min(held, len(masks))
+    held = min(held, max(1, len(masks) // 4))
 
     def errors(i: int) -> Tensor:
         """Of each token that counts."""
@@ -246,7 +246,7 @@ def reconstruct(
             if (seen := seen + found.numel()) >= STEP_TOKENS:
                 return
 
-    first = held if len(masks) >= 4 * held else 0
+    first = held if len(masks) >= 4 else 0
     before = judged()
     inputs: list[LearnedSite] = []
     learning: dict[str, LearnedLinear] = {}
