@@ -8,8 +8,7 @@
 
 Finished cells are kept in results-<part>.json (results-<part>-8.json with --samples 8) and skipped on the next run;
 --only 'A;B' runs cells whose name holds A or B. Calibration data are validation (WikiText-2) and train (SST-2) splits,
-never test. Bits a weight count scales; an asymmetric affine grid is counted with fp16 scales and zero points of its own
-width, as rivals store it.
+never test. Bits a weight are those stored: padded codes, scales and zero points.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import calib
 from calib.evaluate import classification, perplexity
 from calib.export.hf import set_mode
 from calib.nn import QuantLinear
-from calib.quantizers import AffineSpec, AnyWeight, DualBinarySpec, LevelSpec, bits_per_weight
+from calib.quantizers import AffineSpec, AnyWeight, DualBinarySpec, LevelSpec
 from calib.recipe import Scheme
 from calib.solvers import rounded
 from model_zoo.sources import load_model
@@ -38,7 +37,6 @@ HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared"
 WIKITEXT, SST2 = SHARED / "data/wikitext-2", SHARED / "data/sst2"
 SAMPLES = 32  # calibration windows of 512 tokens, unless asked for others
-SMOLLM2 = 106_168_320  # weights of its linears, the head not counted
 SMALL = {"samples": 2, "seq_len": 32}  # for what looks at no data
 
 
@@ -97,10 +95,6 @@ def arms() -> list[Arm]:
     return list({arm.name: arm for arm in found}.values())
 
 
-def bits_of(shape: tuple[int, int], spec: AnyWeight) -> float:
-    return bits_per_weight(shape, spec, 16, spec.bits) if isinstance(spec, AffineSpec) else spec.bits_per_weight(shape)
-
-
 def synthetic() -> None:
     """Relative squared errors on Gaussian, Laplace and uniform rows."""
     draw = torch.Generator().manual_seed(0)
@@ -125,7 +119,7 @@ def synthetic() -> None:
     }
     figures: dict[str, Any] = {}
     for name, spec in specs.items():
-        figures[name] = {"bits": bits_of((2048, 1024), spec)}
+        figures[name] = {"bits": spec.bits_per_weight((2048, 1024))}
         for kind, weight in rows.items():
             codes, *params = rounded(weight, spec)
             error = (spec.decode(codes, *params) - weight).square().sum() / weight.square().sum()
@@ -169,7 +163,9 @@ def cost(result: calib.Result, arm: Arm) -> dict[str, Any]:
     """Bits a quantized weight, bytes of the quantized linears' tensors, seconds of the run."""
     modules = [m for m in result.model.modules() if isinstance(m, QuantLinear)]
     weights = sum(m.in_features * m.out_features for m in modules)
-    bits = sum(bits_of((m.out_features, m.in_features), arm.weights) * m.in_features * m.out_features for m in modules)
+    bits = sum(
+        arm.weights.bits_per_weight((m.out_features, m.in_features)) * m.in_features * m.out_features for m in modules
+    )
     stored = sum(t.nbytes for m in modules for t in m.state_dict().values())
     return {"bits": bits / weights, "stored_bytes": stored, "seconds": round(result.seconds["total"], 1)}
 
@@ -180,15 +176,14 @@ MARKS = {"RTN": "x", "searched": "o", "searched + feedback": "s", "+ bias correc
 def table(part: str, file: Path) -> None:
     """Every arm in markdown, by bits, then quality."""
     cells = json.loads(file.read_text())["cells"]
-    measure, stored = ("perplexity", "stored | ") if part == "smollm2" else ("logits_mse", "")
-    print(f"| arm | bits | {stored}" + ("perplexity (95 %) | of float's |" if stored else "logits MSE | accuracy |"))
-    print("|---" * (5 if stored else 4) + "|")
+    measure = "perplexity" if part == "smollm2" else "logits_mse"
+    print("| arm | bits | " + ("perplexity (95 %) | of float's |" if part == "smollm2" else "logits MSE | accuracy |"))
+    print("|---|---|---|---|")
     for name, cell in sorted(cells.items(), key=lambda each: (each[1].get("bits", 0), each[1].get(measure, 0))):
-        if name != "float" and stored:
-            size, ratio = 8 * cell["stored_bytes"] / SMOLLM2, cell[measure] / cells["float"][measure]
+        if name != "float" and part == "smollm2":
             low, high = cell["ci95"]
             spread = f"{cell[measure]:,.2f} ({low:,.1f} to {high:,.1f})"
-            print(f"| {name} | {cell['bits']:.2f} | {size:.2f} | {spread} | {ratio:,.2f} |")
+            print(f"| {name} | {cell['bits']:.2f} | {spread} | {cell[measure] / cells['float'][measure]:,.2f} |")
         elif name != "float":
             print(f"| {name} | {cell['bits']:.2f} | {cell[measure]:.4f} | {100 * cell['accuracy']:.2f} |")
 
