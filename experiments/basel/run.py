@@ -7,6 +7,7 @@
     python -m experiments.basel.run grid        # all arms, ratios and targets on smollm2-135m: hours
     python -m experiments.basel.run exact       # can it do the task at all: GSM8K answers got right
     python -m experiments.basel.run figure      # of what has been run
+    python -m experiments.basel.run table       # of the grid, in markdown
 
 Every finished cell is kept in results-<part>.json and skipped on the next run; --only TEXT runs the cells that hold it.
 Calibration and training take train or validation splits, figures are of test splits.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -209,11 +211,13 @@ def tiny(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]
 
 
 def grid(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]]:
-    def run(arm: Arm | None, target: str, source: str, keep: float, seed: int) -> Figures:
+    """Every cell is measured on all three domains: a row of one target is the others' calibration on the wrong one."""
+
+    def run(arm: Arm | None, target: str, keep: float, seed: int) -> Figures:
         model, tokenizer = smollm2()
         size: Figures = {}
         if arm is not None:
-            data = in_batches(windows(tokenizer, source, "train", args.samples, args.length), 4)
+            data = in_batches(windows(tokenizer, target, "train", args.samples, args.length), 4)
             result = shrunk(arm, model, data, keep, args.steps, args.lr, seed)
             model, size = result.model, size_of(result)
             for module in model.modules():
@@ -226,18 +230,14 @@ def grid(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]
         return {"loss": losses, **size, "tokens_per_second": rate, "target": target, "keep": keep}
 
     for target in ("gsm8k", "mbpp", "wikitext-2"):
-        yield f"{target}: float", lambda t=target: run(None, t, t, 1.0, 0)  # type: ignore[misc]
+        yield f"{target}: float", lambda t=target: run(None, t, 1.0, 0)  # type: ignore[misc]
         for keep, arm in itertools.product((0.9, 0.7, 0.5, 0.3), [*ARMS, *SMALL]):
             for seed in range(3 if arm.trained or arm.tuned else 1):
                 rate = f", lr {args.lr:g}" if arm.trained or arm.tuned else ""
                 name = f"{target}: {keep} {arm.name}{rate}, seed {seed}"
-                yield name, lambda a=arm, t=target, k=keep, s=seed: run(a, t, t, k, s)  # type: ignore[misc]
+                yield name, lambda a=arm, t=target, k=keep, s=seed: run(a, t, k, s)  # type: ignore[misc]
         for arm in PLAIN:
-            yield f"{target}: {arm.name}", lambda a=arm, t=target: run(a, t, t, 1.0, 0)  # type: ignore[misc]
-        for keep in (0.7, 0.5):
-            wrong = "mbpp" if target == "gsm8k" else "gsm8k"
-            name = f"{target}: {keep} global, calibrated on {wrong}"
-            yield name, lambda t=target, w=wrong, k=keep: run(ARMS[4], t, w, k, 0)  # type: ignore[misc]
+            yield f"{target}: {arm.name}", lambda a=arm, t=target: run(a, t, 1.0, 0)  # type: ignore[misc]
 
 
 def exact(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]]:
@@ -264,6 +264,26 @@ def exact(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]
         yield f"{keep} global", lambda k=keep: run(k)  # type: ignore[misc]
 
 
+def table() -> None:
+    """The grid in markdown: by target, size and loss; cells of several seeds as mean ± standard deviation."""
+    rows: dict[str, list[Figures]] = {}
+    for name, cell in json.loads((HERE / "results-grid.json").read_text()).items():
+        rows.setdefault(name.partition(", seed")[0], []).append(cell)
+    domains = ("gsm8k", "mbpp", "wikitext-2")
+    print("| target | arm | windows | MiB | " + " | ".join(domains) + " | tokens/s |\n" + "|---" * 8 + "|")
+    for name, cells in sorted(
+        rows.items(), key=lambda row: (row[1][0]["target"], row[1][0]["loss"][row[1][0]["target"]])
+    ):
+        told = []
+        for losses in ([cell["loss"][domain] for cell in cells] for domain in domains):
+            spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+            told.append(f"{statistics.mean(losses):.3f}{spread}")
+        first, arm = cells[0], name.partition(": ")[2]
+        size = (first["settings"]["samples"], f"{first['bytes'] / 2**20:.0f}") if "bytes" in first else ("", 513)
+        rate = statistics.mean(cell["tokens_per_second"] for cell in cells)
+        print("|", " | ".join(map(str, [first["target"], arm, *size, *told, f"{rate:.0f}"])), "|")
+
+
 def figure() -> None:
     """Loss against size: of the selection, and of the grid, a panel a target, where it has been run."""
     import matplotlib.pyplot as plt
@@ -283,9 +303,10 @@ def figure() -> None:
                 arms.setdefault(arm, []).append((row["bytes"] / 2**20, row["loss"][row["target"]]))
     _, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
     for axis, (title, (size, arms)) in zip(axes[0], panels.items(), strict=True):
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
         for arm, points in arms.items():
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=arm)
-        axis.set(title=title, xlabel=size, ylabel="test loss, nats")
+        axis.set(title=title, xlabel=size, ylabel="test loss, nats", yscale="log")
         axis.legend(fontsize=7)
     plt.tight_layout()
     plt.savefig(HERE / "quality-size.svg", metadata={"Date": None})
@@ -296,7 +317,7 @@ PARTS = {"layers": layers, "selection": selection, "cost": cost, "tiny": tiny, "
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=[*PARTS, "figure"])
+    parser.add_argument("part", choices=[*PARTS, "figure", "table"])
     parser.add_argument("--only", default="")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
@@ -307,8 +328,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.part == "figure":
-        figure()
+    if args.part in ("figure", "table"):
+        (figure if args.part == "figure" else table)()
         return
     file = HERE / f"results-{args.part}.json"
     rows: dict[str, Figures] = json.loads(file.read_text()) if file.is_file() else {}
