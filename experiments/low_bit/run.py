@@ -199,7 +199,7 @@ def figure(part: str, file: Path) -> None:
     for name, cell in cells.items():
         if "bits" in cell:
             grid, way = name.rsplit(", g", 1)[0].rsplit(", ", 1)
-            colour = colours.setdefault(grid, f"C{len(colours)}")
+            colour = colours.setdefault(grid, pyplot.get_cmap("tab20")(len(colours)))
             axes.scatter(cell["bits"], cell[measure], color=colour, marker=MARKS[way])
     for grid, colour in colours.items():
         axes.scatter([], [], color=colour, label=grid)
