@@ -8,6 +8,7 @@ float for encoders. Test data is never seen. Order and choice of the candidates 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -35,7 +36,8 @@ from calib.recipe import Scheme
 from calib.recipe import recipe as make_recipe
 
 SECONDS = 600.0  # for all trials, unless the caller says otherwise
-TRIAL_ROWS, HELD_ROWS = 16, 8  # windows that a trial calibrates on, and that judge it
+TRIAL_ROWS, HELD_ROWS = 16, 8  # windows of WINDOW tokens that a trial calibrates on, and that judge it
+WINDOW = 512  # of shorter rows as many as make up the same tokens: eight sentences cannot tell recipes apart
 TRIAL_BLOCKS = 10  # that a trial quantizes: what a recipe loses there tells recipes apart at a third of the time
 LEARNED = {"refine": 40, "batch_size": 2}  # rounding and clipping, once the recipe is chosen: a step takes a batch
 
@@ -128,8 +130,14 @@ def choose(
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Rows held out, one a batch, and batches to calibrate on: every third row is held, in the order drawn."""
     rows = [row for batch in batches for row in single_rows(batch)]
-    held = rows[1::3][:HELD_ROWS]
-    return held, together([row for i, row in enumerate(rows) if i % 3 != 1][:TRIAL_ROWS])
+    held = enough(rows[1::3], HELD_ROWS)
+    return held, together(enough([row for i, row in enumerate(rows) if i % 3 != 1], TRIAL_ROWS))
+
+
+def enough(rows: Sequence[Batch], count: int) -> list[Batch]:
+    """The first ``count`` rows, and more until they hold as many tokens as that many windows."""
+    tokens = itertools.accumulate((next(iter(row.values())).numel() for row in rows), initial=0)
+    return [row for i, (row, seen) in enumerate(zip(rows, tokens, strict=False)) if i < count or seen < count * WINDOW]
 
 
 def fewer_blocks(scheme: Scheme, model: nn.Module) -> Scheme:
@@ -210,16 +218,19 @@ def tried(
     """
     stock = common["format"] == "compressed-tensors"
     found = candidates(scheme, stock)
-    rows = min(int(options.get("samples", 128)), TRIAL_ROWS + HELD_ROWS)
-    recipe = make_recipe(scheme, found[0].method, stock, **{**found[0].options_with(options), "samples": rows})
+    recipe = make_recipe(scheme, found[0].method, stock, **found[0].options_with(options))
     prepare.join_ranks(model, out, prepare.device_named(common.get("device", "cpu")))
     why = "no time for trials" if limit <= 0 else "several processes" if ranks.world() > 1 else prepare.too_large(model)
     if why:
         return Tried(found[0], [], f"auto: {found[0]}, the first candidate, untried ({why})", Memory(None, {}))
     progress, dtype = common["progress"], common["dtype"]
     network, tokenizer, _, _ = prepare.load_model(model, common["tokenizer"], dtype, progress, streamed=False)
-    if not prepare.is_generative(network):  # two windows are a thousand tokens, two sentences are fifty
+    rows = recipe.samples
+    if prepare.is_generative(network):  # reads full windows
+        rows = min(rows, (TRIAL_ROWS + HELD_ROWS) * max(1, WINDOW // recipe.seq_len))
+    else:  # two windows are a thousand tokens, two sentences are fifty
         found = [Candidate(c.method, {k: v for k, v in c.options.items() if k != "batch_size"}) for c in found]
+    recipe = recipe.model_copy(update={"samples": rows})
     tokens = prepare.calibration_tokens(network, tokenizer, data, recipe)
     key = {} if isinstance(model, nn.Module) else prepare.fingerprint(model, recipe, tokens, dtype)
     memory = Memory(out if key else None, key)

@@ -77,6 +77,12 @@ def test_held_out_rows_take_no_part_in_a_trial(monkeypatch: pytest.MonkeyPatch) 
     assert all(trial.loss == 0.0 for trial in trials), "against itself an encoder has no error"
 
 
+@pytest.mark.parametrize(("length", "held", "taken"), [(25, 150 // 3, 100), (256, 16, 32), (512, 8, 16), (2048, 8, 16)])
+def test_short_rows_make_up_the_tokens_of_windows(length: int, held: int, taken: int) -> None:
+    judging, rest = auto.split([{"input_ids": torch.zeros(150, length, dtype=torch.long)}])
+    assert (len(judging), sum(len(batch["input_ids"]) for batch in rest)) == (held, taken)
+
+
 def test_a_budget_ends_the_trials_and_none_takes_the_first() -> None:
     first = auto.candidates(scheme("w8a8-static"))[0]
     found = calib.quantize(build("llama"), data=batches("llama", 4), auto_seconds=0, progress=False)
