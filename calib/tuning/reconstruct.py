@@ -26,8 +26,9 @@ STEP_TOKENS = 512  # that a step sees at least: the signs of fewer are noise (se
 INSIDE = 0.49  # how far from its code a weight may lie at the start
 FACTORS = (0.7, 1.2)  # of a scale
 # Of signed steps, whose rates fall to 0: a parameter moves by half of this at most. A tenth of AutoRound's for rounding
-# and clipping: the start is a solver's, and large steps leave it. A shift moves in steps of the static grid.
-OFFSET_RATE, FACTOR_RATE, INPUT_RATE, SCALE_RATE, SHIFT_RATE = 0.1, 0.03, 0.1, 0.2, 2.0
+# and clipping: the start is a solver's, and large steps leave it. A scale's is smaller: many of GPTQ's codes lie at
+# the edge of their cell, and a channel that moves by a percent rounds them back. A shift moves in steps of the grid.
+OFFSET_RATE, FACTOR_RATE, INPUT_RATE, SCALE_RATE, SHIFT_RATE = 0.1, 0.03, 0.1, 0.01, 2.0
 Fold = Callable[[Tensor | None, Tensor | None], None]
 
 

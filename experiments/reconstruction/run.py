@@ -49,8 +49,11 @@ RIVALS = {"w4a16": {"AutoRound": 26.97, "LLM Compressor's GPTQ": 31.57}, "w3a16"
 def figure(results: Results) -> None:
     from matplotlib import pyplot
 
-    _, axes = pyplot.subplots(1, 4, figsize=(14, 3.5))
-    for axis, scheme in zip(axes, ("w4a16", "w3a16", "w4a8", "w4a8-static"), strict=True):
+    schemes = list(
+        dict.fromkeys(scheme for scheme, _ in CELLS if any(n.startswith(f"{scheme}, ") for n in results.cells))
+    )
+    _, axes = pyplot.subplots(1, len(schemes), figsize=(4.5 * len(schemes), 4))
+    for axis, scheme in zip(axes, schemes, strict=True):
         for name, cells in results.cells.items():
             if name.startswith(f"{scheme}, "):
                 points = [(f["cpu_seconds"], f["perplexity"]) for f in cells.values()]
@@ -58,8 +61,8 @@ def figure(results: Results) -> None:
         for colour, (name, value) in zip(("grey", "silver"), RIVALS.get(scheme, {}).items(), strict=False):
             axis.axhline(value, linestyle="--", color=colour, label=name)
         axis.axhline(results.cells["float"]["0"]["perplexity"], linestyle=":", color="black", label="float")
-        axis.set(title=scheme, xlabel="CPU seconds", ylabel="test perplexity", yscale="log")
-        axis.legend(fontsize=6)
+        axis.set(title=scheme, xlabel="CPU seconds", ylabel="test perplexity")
+        axis.legend(fontsize=7)
     pyplot.tight_layout()
     pyplot.savefig(HERE / "reconstruction.png", dpi=120)
 
