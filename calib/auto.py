@@ -2,7 +2,7 @@
 
 Each trial quantizes some of the model's blocks, evenly spread, on a few of the calibration windows; every third drawn
 window is set aside and judges the model: next-token loss for language models, squared error of the output against
-float for encoders. Test data is never seen. Order and choice of the candidates come from ``experiments/accuracy``.
+float for encoders. The first in the list that is level with the best is taken. Test data is never seen. Order and choice of the candidates come from ``experiments/accuracy``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -97,7 +98,7 @@ def choose(
     seconds: float = SECONDS,
     progress: bool = True,
 ) -> tuple[Candidate, list[Trial]]:
-    """The candidate with the least loss, and what each gave.
+    """The candidate with the least loss, or the first that is level with it, and what each gave.
 
     batches: the drawn calibration data. attempt: quantizes a copy of the model on some of them. Trials stop before one
     that would not end within ``seconds``; the first candidate is taken where none was tried.
@@ -107,6 +108,7 @@ def choose(
         return found[0], []
     judge = Judge(float_model, held)
     trials: list[Trial] = []
+    judged: list[tuple[Candidate, np.ndarray]] = []  # the loss of each row
     start = time.perf_counter()
     longest = 0.0
     for candidate in tqdm(found, desc="trying recipes", unit="recipe", disable=not progress):
@@ -114,17 +116,28 @@ def choose(
         if begun - start + longest > seconds:
             break
         try:
-            loss: float | None = judge(set_mode(attempt(candidate, taken), "packed"))
+            losses = np.array(judge(set_mode(attempt(candidate, taken), "packed")))
+            loss: float | None = float(losses.mean())
             why = ""
-            if not math.isfinite(loss or 0.0):
+            if np.isfinite(losses).all():
+                judged.append((candidate, losses))
+            else:
                 loss, why = None, "its held-out loss is not finite"
         except CalibError as error:  # say, a block that divides no width of this model
             loss, why = None, error.cause
         longest = max(longest, time.perf_counter() - begun)
         trials.append(Trial(candidate, loss, time.perf_counter() - begun, why))
-    judged = [trial for trial in trials if trial.loss is not None]
-    best = min(judged, key=lambda trial: trial.loss or 0.0).candidate if judged else found[0]
-    return best, trials
+    if not judged:
+        return found[0], trials
+    _, least = min(judged, key=lambda pair: pair[1].mean())
+    return next(candidate for candidate, losses in judged if level(losses - least)), trials
+
+
+def level(differences: np.ndarray) -> bool:
+    """True where the mean of paired differences [rows] is within its standard error of 0, or below."""
+    if len(differences) < 2:
+        return bool(differences.mean() <= 0)
+    return bool(differences.mean() <= differences.std(ddof=1) / math.sqrt(len(differences)))
 
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:

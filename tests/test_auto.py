@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -81,6 +82,23 @@ def test_held_out_rows_take_no_part_in_a_trial(monkeypatch: pytest.MonkeyPatch) 
 def test_short_rows_make_up_the_tokens_of_windows(length: int, held: int, taken: int) -> None:
     judging, rest = auto.split([{"input_ids": torch.zeros(150, length, dtype=torch.long)}])
     assert (len(judging), sum(len(batch["input_ids"]) for batch in rest)) == (held, taken)
+
+
+@pytest.mark.parametrize(
+    ("differences", "is_level"),
+    [([0.1, -0.2, 0.3, -0.15], True), ([0.1, 0.11, 0.09, 0.1], False), ([0.0, 0.0], True), ([0.1], False)],
+)
+def test_a_candidate_no_worse_than_chance_is_level(differences: list[float], is_level: bool) -> None:
+    assert auto.level(np.array(differences)) == is_level
+
+
+def test_the_best_known_wins_where_the_rows_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [auto.Candidate("rotate", {}), auto.Candidate("hadamard", {}), auto.Candidate("os+", {})]
+    given = iter(([3.0, 1.0, 2.0, 2.1], [1.0, 3.0, 2.0, 2.0], [9.0, 9.0, 9.0, 9.0]))
+    monkeypatch.setattr(auto, "Judge", lambda *_: lambda _: next(given))
+    data = batches("bert", 6, rows=2)
+    best, trials = auto.choose(found, data, build("bert"), lambda *_: build("bert"), progress=False)
+    assert best == found[0] and min(trials, key=lambda trial: trial.loss or 0.0).candidate == found[1]
 
 
 def test_a_budget_ends_the_trials_and_none_takes_the_first() -> None:

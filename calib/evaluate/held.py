@@ -32,12 +32,13 @@ class Judge:
         self.predicts = generates and not getattr(config, "is_encoder_decoder", False)
         self.wanted = [] if self.predicts else [output(float_model, row) for row in rows]
 
-    def __call__(self, model: nn.Module) -> float:
-        """Mean loss, or squared error of the output relative to its own square."""
+    def __call__(self, model: nn.Module) -> list[float]:
+        """Each row's loss, or squared error of the output relative to the rows' mean square."""
         if self.predicts:
-            return sum(next_token_loss(output(model, row), row) for row in self.rows) / len(self.rows)
-        errors = [(output(model, row) - want).square().sum() for row, want in zip(self.rows, self.wanted, strict=True)]
-        return float(sum(errors) / sum(want.square().sum() for want in self.wanted))
+            return [next_token_loss(output(model, row), row) for row in self.rows]
+        mean = sum(float(want.square().sum()) for want in self.wanted) / len(self.rows)
+        outputs = (output(model, row) for row in self.rows)
+        return [float((out - want).square().sum()) / mean for out, want in zip(outputs, self.wanted, strict=True)]
 
 
 class Held:
