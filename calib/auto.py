@@ -2,7 +2,8 @@
 
 Each trial quantizes some of the model's blocks, evenly spread, on a few of the calibration windows; every third drawn
 window is set aside and judges the model: next-token loss for language models, squared error of the output against
-float for encoders. The first in the list that is level with the best is taken. Test data is never seen. Order and choice of the candidates come from ``experiments/accuracy``.
+float for encoders. Of candidates that those windows cannot tell apart the first is taken. Test data is never seen.
+Order and choice of the candidates come from ``experiments/accuracy``.
 """
 
 from __future__ import annotations
