@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shlex
@@ -133,12 +134,13 @@ def test_the_packed_model_answers_as_written(byte_tokenizer: Any, tmp_path: Path
     """The snippet that talks to the main command's output, on a small model in its place."""
     after = README.split("<!-- command: chat -->")
     assert len(after) == 2 and after[1].lstrip("\n").startswith("```python\n")
-    byte_tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    chatty = copy.deepcopy(byte_tokenizer)  # the session's other tests have no template
+    chatty.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(byte_tokenizer), max_position_embeddings=256, **sizes))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(chatty), max_position_embeddings=256, **sizes))
     calib.quantize(
-        model, "w8a8-static", "os+", out=tmp_path / "out/smollm2-w8a8", tokenizer=byte_tokenizer, samples=4, seq_len=32,
+        model, "w8a8-static", "os+", out=tmp_path / "out/smollm2-w8a8", tokenizer=chatty, samples=4, seq_len=32,
         progress=False, verified=False, report=False,
     )  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

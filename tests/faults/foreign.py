@@ -29,7 +29,7 @@ from calib.export.verify_worker import onnxruntime_answer
 from model_zoo.sources import ResolvedModel, load_model
 from tests.families import batches
 
-SECONDS, ROOM = 30, 1 << 30  # of one reading: time, and address space beyond what the process has
+SECONDS, ROOM = 30, 1 << 30  # of one reading: processor time, and address space beyond what the process has
 
 
 def written(place: Path) -> dict[str, Path]:
@@ -86,6 +86,7 @@ def ending(read: Callable[[Path], None], file: Path) -> str:
             os.dup2(null, 2)
             space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (space + ROOM, space + ROOM))
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
             read(file)
             code = 0
         except MemoryError:
@@ -96,12 +97,14 @@ def ending(read: Callable[[Path], None], file: Path) -> str:
             code = 2 if "alloc" in str(error).lower() or "memory" in str(error).lower() else 1
         finally:
             os._exit(code)
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + 20 * SECONDS  # of one that waits
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(status)
             names = {0: "read", 1: "refused", 2: "out of memory", 3: "ended"}
+            if code == -signal.SIGXCPU:
+                return "hung"
             return f"crashed: {signal.Signals(-code).name}" if code < 0 else names[code]
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
