@@ -69,10 +69,10 @@ def candidates(scheme: Scheme, stock: bool = False) -> list[Candidate]:
         return [Candidate(name, {}) for name in names]
     if scheme.inputs is None:
         names = ["gptq", "rotate,gptq"]
-    elif bits <= 4:
-        names = ["rotate,os+,gptq", "hadamard,os+,gptq"]
+    elif bits == 8:
+        names = ["hadamard,os+", "rotate,os+", "os+"]
     else:
-        names = [f"hadamard,os+{rounding}", f"rotate,os+{rounding}", f"os+{rounding}"]
+        names = ["rotate,os+,gptq", "hadamard,os+,gptq", *(["os+,gptq"] if bits > 4 else [])]
     return [Candidate(name, {"prefix": "on", **(LEARNED if learns else {})}) for name in names]
 
 
