@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from calib.errors import InputError
-from calib.quantizers import AffineSpec, AnyWeight, DualBinarySpec, LevelSpec, WeightSpec
+from calib.quantizers import AffineSpec, AnyWeight, DualBinarySpec, Float8Spec, InputSpec, LevelSpec, WeightSpec
 
 SiteChoice = Literal["norm", "vo", "updown", "fc", "fused"]
 FOLDS: tuple[SiteChoice, ...] = ("norm", "vo", "updown", "fc")
@@ -45,7 +45,7 @@ class Scheme(_Data):
 
     name: str
     weights: WeightSpec
-    inputs: AffineSpec | None = None
+    inputs: InputSpec | None = None
     attention: AffineSpec | None = None
     kv: AffineSpec | None = None
     exclude: tuple[str, ...] = ()
@@ -103,6 +103,8 @@ SCHEMES: dict[str, Scheme] = {
     "w4a4": Scheme(name="w4a4", weights=_weights(4), inputs=_token(4)),
     "w4a4-static": Scheme(name="w4a4-static", weights=_weights(4), inputs=_tensor(4)),
     "w4a16": Scheme(name="w4a16", weights=GROUP64),
+    "fp8": Scheme(name="fp8", weights=Float8Spec(), inputs=Float8Spec(granularity="token", dynamic=True)),
+    "fp8-static": Scheme(name="fp8-static", weights=Float8Spec(), inputs=Float8Spec(granularity="tensor")),
     **{
         name.format(acts): Scheme(name=name.format(acts), weights=weights, inputs=inputs)
         for name, weights in LOW_BIT.items()
@@ -288,9 +290,9 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
             raise InputError("weights are truncated without a prefix", "use --prefix none")
         given["prefix"] = "none"
     formats = [scheme.weights, *(each.weights for each in scheme.overrides)]
-    if given.get("refine") and not (scheme.rounds and all(isinstance(spec, AffineSpec) for spec in formats)):
+    if given.get("refine") and not (scheme.rounds and all(_refines(spec) for spec in formats)):
         what = "has another" if scheme.rounds else "has none"
-        raise InputError(f"refine learns affine grids, and {scheme.name} {what}", "choose e.g. w4a16, or no refine")
+        raise InputError(f"refine learns affine integers, and {scheme.name} {what}", "choose e.g. w4a16, or no refine")
     learn = given.get("learn", ())
     if learn and not given.get("refine"):
         raise InputError("learn says what refine learns, and refine is 0", "add refine, say 40 steps")
@@ -309,6 +311,10 @@ def recipe(scheme: Scheme, method: str, stock: bool = False, **options: object) 
         raise InputError(
             f"option {where}: {first['msg'].removeprefix('Value error, ')}", "see calib quantize --help"
         ) from error
+
+
+def _refines(spec: AnyWeight) -> bool:
+    return isinstance(spec, AffineSpec) and spec.integer
 
 
 def _check_low_rank(scheme: Scheme, methods: set[str], given: dict[str, object], stock: bool) -> None:

@@ -37,7 +37,7 @@ from calib.export.verify import REFERENCE, answer, reference_batch
 from calib.model.linears import apply_rewrites, find_rewrites
 from calib.nn import ActivationQuantizer, Prefix, QuantLinear
 from calib.quantizers import AffineSpec as Spec
-from calib.quantizers import qparams
+from calib.quantizers import Float8Spec, qparams
 from tests import families
 
 W8, W8T, W6, W4G = (
@@ -49,6 +49,7 @@ W8, W8T, W6, W4G = (
 W4GA, W3 = Spec(4, symmetric=False, granularity="group", group_size=32), Spec(3)
 STATIC = Spec(8, symmetric=False, granularity="tensor")
 TOKEN = Spec(8, symmetric=False, granularity="token", dynamic=True)
+F8, F8S, F8T = Float8Spec(), Float8Spec(granularity="tensor"), Float8Spec(granularity="token", dynamic=True)
 SHAPE: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2,
@@ -147,6 +148,8 @@ OWN: dict[str, Callable[[], Any]] = {
     "bert": lambda: quantized(bert(), W8, STATIC, shift=True),
     "conv1d": lambda: quantized(gpt2(), W8, STATIC),
     "experts": lambda: quantized(mixtral(), W8, TOKEN),
+    "float8, fused affine, hadamard": lambda: quantized(llama(), F8, F8S, shift=True, rescale=True, hadamard=32),
+    "float8 inputs of integer weights": lambda: quantized(gpt2(), W4G, F8T),
 }
 
 
@@ -233,6 +236,12 @@ CT: dict[str, Callable[[], Any]] = {
     "w8a16": lambda: quantized(llama(), W8, None),
     "two schemes": lambda: quantized(quantized(llama(), W8, STATIC, skip="lm_head mlp"), W4G, None),
     "bert": lambda: quantized(bert(), W8, STATIC),
+    "float8 static with biases, tied": lambda: quantized(
+        llama(tie_word_embeddings=True), F8, F8S, bias="v_proj o_proj"
+    ),
+    "float8 dynamic": lambda: quantized(llama(), F8, F8T),
+    "float8 one scale, weights only": lambda: quantized(llama(), F8S, None),
+    "float8 bert": lambda: quantized(bert(), F8, F8S),
 }
 STRANGER = """
 import json, sys
@@ -321,6 +330,20 @@ def test_compressed_tensors_layout(tmp_path: Path) -> None:
     assert config["quantization_config"]["ignore"] == ["lm_head"]
     assert config["quantization_config"]["format"] == "int-quantized"
     assert json.loads((tmp_path / "out" / "calib.json").read_text())["recipe"] == 1
+
+
+def test_float8_layout(tmp_path: Path) -> None:
+    compressed.save(quantized(llama(), F8, F8S), None, tmp_path / "out", manifest={})
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    group = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"][
+        "group_0"
+    ]
+    q = "model.layers.0.self_attn.q_proj"
+    assert tensors[f"{q}.weight"].dtype == torch.float8_e4m3fn
+    assert tensors[f"{q}.weight_scale"].shape == (64, 1) and tensors[f"{q}.input_scale"].shape == (1,)
+    assert not any("zero_point" in key for key in tensors)
+    assert group["format"] == "float-quantized"
+    assert {group[side]["type"] for side in ("weights", "input_activations")} == {"float"}
 
 
 class NoRoom(LlamaForCausalLM):

@@ -1,8 +1,8 @@
 """compressed-tensors: checkpoints that transformers, and others, load without calib.
 
-Layouts: ``int-quantized`` (integer weights and activations) keeps one int8 per weight; ``pack-quantized``
-(weights only) packs codes into int32 words. Scales are stored in the model's dtype. What the format cannot
-say exactly is refused with the reason, never approximated.
+Layouts: ``int-quantized`` (integer weights and activations) keeps one int8 per weight; ``pack-quantized`` (weights
+only) packs codes into int32 words; ``float-quantized`` keeps float8. Scales are stored in the model's dtype. What the
+format cannot say exactly is refused with the reason, never approximated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from calib.export.checkpoint import plain_config, require_transformers, state, s
 from calib.export.files import Finish, finished, nbytes, staged
 from calib.model import Resident
 from calib.nn import LowRankLinear, Prefix, QuantLinear, SideBranch
-from calib.quantizers import AffineSpec, AnyWeight, pack
+from calib.quantizers import FLOAT8, AffineSpec, AnyWeight, Float8Spec, pack
 from calib.recipe import Recipe
 
 FORMAT = "compressed-tensors"
@@ -128,6 +128,8 @@ def _module_reasons(module: QuantLinear, dtype: torch.dtype) -> list[str]:
 def _format_reasons(weights: AnyWeight, spec: AffineSpec | None) -> list[str]:
     """Why it cannot hold these weight and input formats."""
     reasons = []
+    if isinstance(spec, Float8Spec) and not isinstance(weights, Float8Spec):
+        return ["integer weights with float8 inputs"]
     if not isinstance(weights, AffineSpec) and weights.kind != "lsq":  # those levels are integers from the lowest code
         return [f"weights on a {weights.kind} grid"]
     if spec is None:
@@ -136,7 +138,7 @@ def _format_reasons(weights: AnyWeight, spec: AffineSpec | None) -> list[str]:
             reasons.append("zero points of packed weights, which transformers does not load")
     elif spec.bits == 1:
         reasons.append("one-bit activations")
-    elif spec.symmetric and not _full_range(spec):
+    elif spec.symmetric and spec.integer and not _full_range(spec):
         reasons.append("symmetric activations on calib's narrow grid (its own uses the lowest code too)")
     elif spec.dynamic and spec.granularity not in ("token", "tensor"):
         reasons.append(f"dynamic activation ranges per {spec.granularity}")
@@ -231,15 +233,15 @@ def _converted(tensors: dict[str, Tensor], part: nn.Module, prefix: str, dtype: 
 def _linear_tensors(module: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     """One linear in compressed-tensors' names, shapes and dtypes."""
     spec, quantizer = module.weight_spec, module.input
-    packed = quantizer.spec is None
     shape = {"tensor": (1,), "group": (module.out_features, -1)}.get(spec.granularity, (module.out_features, 1))
     tensors = {"weight_scale": module.weight_scale.reshape(shape).to(dtype)}
-    if packed:
+    if _layout(module) == "pack-quantized":
         words = pack(module.codes(), 8) if module.weight_packed is None else module.weight_packed
         tensors["weight_packed"] = words
         tensors["weight_shape"] = torch.tensor([module.out_features, module.in_features])
     else:
-        tensors["weight"] = module.codes()
+        codes = module.codes()
+        tensors["weight"] = codes.view(FLOAT8) if isinstance(spec, Float8Spec) else codes
     if module.weight_zero_point is not None:
         tensors["weight_zero_point"] = module.weight_zero_point.reshape(shape).to(torch.int8)
     if quantizer.spec is not None and quantizer.scale is not None and quantizer.zero_point is not None:
@@ -264,7 +266,7 @@ def quantization_config(model: PreTrainedModel) -> dict[str, Any]:
                 "weights": _args(module.weight_spec),
                 "input_activations": None if module.input.spec is None else _args(module.input.spec),
                 "output_activations": None,
-                "format": "pack-quantized" if module.input.spec is None else "int-quantized",
+                "format": _layout(module),
             }
             groups.setdefault(repr(scheme), {**scheme, "targets": []})["targets"].append(name)
         elif isinstance(module, nn.Linear):
@@ -290,10 +292,16 @@ def quantization_config(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def _layout(module: QuantLinear) -> str:
+    if isinstance(module.weight_spec, Float8Spec):
+        return "float-quantized"
+    return "pack-quantized" if module.input.spec is None else "int-quantized"
+
+
 def _args(spec: AnyWeight) -> dict[str, Any]:
     return {
         "num_bits": int(spec.bits),
-        "type": "int",
+        "type": "float" if isinstance(spec, Float8Spec) else "int",
         "symmetric": spec.symmetric,
         "strategy": spec.granularity,
         "group_size": spec.group_size,

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from calib.errors import CalibError, ModelError
 from calib.export import hf
 from calib.nn import linear_group
-from calib.quantizers import AffineSpec, pack, unpack
+from calib.quantizers import AffineSpec, Float8Spec, pack, unpack
 
 METHOD = "compressed-tensors"
-LAYOUTS = ("int-quantized", "pack-quantized")
+LAYOUTS = ("int-quantized", "pack-quantized", "float-quantized")
 
 
 def load_integer(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module | None:
@@ -62,7 +62,9 @@ def _groups(quantization: Mapping[str, Any]) -> dict[str, tuple[AffineSpec, Affi
         if (scheme.get("format") or quantization.get("format")) not in LAYOUTS or scheme.get("output_activations"):
             return None
         weights, inputs = scheme.get("weights"), scheme.get("input_activations")
-        if weights is None or (inputs is not None and inputs.get("symmetric", True)):
+        if weights is None:
+            return None
+        if inputs is not None and inputs.get("type", "int") == "int" and inputs.get("symmetric", True):
             return None  # a symmetric grid has one code more there than here
         try:
             pair = (_spec(weights), None if inputs is None else _spec(inputs))
@@ -80,14 +82,9 @@ def _held(scale: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _spec(args: Mapping[str, Any]) -> AffineSpec:
-    if args.get("type", "int") != "int" or args.get("strategy") not in (
-        "tensor",
-        "channel",
-        "group",
-        "token",
-    ):
+    if args.get("strategy") not in ("tensor", "channel", "group", "token"):
         raise KeyError(args.get("strategy"))
-    return AffineSpec(
+    return {"int": AffineSpec, "float": Float8Spec}[args.get("type", "int")](
         bits=args["num_bits"],
         symmetric=args["symmetric"],
         granularity=args["strategy"],
@@ -104,7 +101,9 @@ def _take(tensors: dict[str, Tensor], name: str, spec: AffineSpec, inputs: Affin
             tensors[f"{name}.{new}"] = value.to(dtype)
 
     shape = tensors.pop(f"{name}.weight_shape", None)
-    if spec.bits == 8 and shape is not None:
+    if isinstance(spec, Float8Spec):
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].view(torch.int8)
+    elif spec.bits == 8 and shape is not None:
         tensors[f"{name}.weight"] = unpack(tensors.pop(f"{name}.weight_packed"), 8, int(shape[1]))
     elif spec.bits < 8 and f"{name}.weight" in tensors:
         tensors[f"{name}.weight_packed"] = pack(tensors.pop(f"{name}.weight"), spec.bits)
@@ -114,4 +113,6 @@ def _take(tensors: dict[str, Tensor], name: str, spec: AffineSpec, inputs: Affin
             tensors[f"{name}.{key}"] = tensors[f"{name}.{key}"].unsqueeze(-1)
     move("input_scale", "input.scale", torch.float32)
     move("input_zero_point", "input.zero_point", torch.int32)
+    if inputs is not None and inputs.symmetric and not inputs.dynamic:  # it keeps no zeros
+        tensors[f"{name}.input.zero_point"] = torch.zeros(1, dtype=torch.int32)
     return linear_group(spec, inputs, bias=f"{name}.bias" in tensors)

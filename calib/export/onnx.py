@@ -34,6 +34,7 @@ FILE = "model.onnx"
 OPSET = 21  # the first with blocked and 4-bit DequantizeLinear
 DYNAMIC = "input ranges are dynamic, and QDQ has static ones"
 SIGNS = "one-bit inputs are signs, and QDQ rounds"
+FLOAT_INPUTS = "inputs are float8, which onnxruntime does not multiply on a CPU"
 EXPERTS = "experts are picked by indices that depend on the data, which a graph cannot trace"
 
 
@@ -44,6 +45,7 @@ def refusals(recipe: Recipe) -> list[str]:
     reasons = list(dict.fromkeys(reason for weights in formats for reason in _weight_reasons(weights)))
     reasons += [DYNAMIC] if scheme.inputs is not None and scheme.inputs.dynamic else []
     reasons += [SIGNS] if scheme.inputs is not None and scheme.inputs.binary else []
+    reasons += [FLOAT_INPUTS] if scheme.inputs is not None and not scheme.inputs.integer else []
     reasons += ["attention is quantized"] if scheme.attention is not None or scheme.kv is not None else []
     reasons += ["a prefix stands before every input"] if recipe.prefixes else []
     return reasons + ([FLOAT_ROWS] if recipe.float_rows else [])
@@ -80,6 +82,8 @@ def _linear_reasons(module: QuantLinear) -> list[str]:
         reasons.append(DYNAMIC)
     if spec is not None and spec.binary:
         reasons.append(SIGNS)
+    if spec is not None and not spec.integer:
+        reasons.append(FLOAT_INPUTS)
     return reasons + ([FLOAT_ROWS] if module.input.watches_rows else [])
 
 

@@ -23,6 +23,7 @@ from calib.errors import ModelError, NumericsError
 from calib.files import is_file_name
 from calib.model.blocks import block_candidates
 from calib.nn import QuantLinear
+from calib.quantizers import FLOAT8
 
 AGAIN = "download or save the model again"
 DTYPES = {
@@ -36,6 +37,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": FLOAT8,
 }
 Convert = Callable[[Tensor], Tensor]
 Part = tuple[nn.Module, str, str, Convert | None]  # where a stored tensor goes, its name there, how it is made
@@ -65,14 +67,18 @@ class TensorFiles:
                 if name == "__metadata__":
                     continue
                 if entry["dtype"] not in DTYPES:
-                    raise ModelError(f"{file}: {name} is of type {entry['dtype']}", "give a float or bfloat16 model")
+                    raise _odd(file, name, entry["dtype"])
                 self.where[name], self.shapes[name] = file, tuple(entry["shape"])
                 self._places[name] = DTYPES[entry["dtype"]], 8 + size + entry["data_offsets"][0]
 
     @classmethod
     def of(cls, folder: Path) -> TensorFiles:
-        """Those of a model folder, single or sharded."""
-        return cls(shards(folder) or _single(folder))
+        """Those of a float model's folder, single or sharded. Raises ModelError where weights are float8."""
+        files = cls(shards(folder) or _single(folder))
+        for name, (dtype, _) in files._places.items():
+            if dtype == FLOAT8:  # quantized already, with a scale somewhere that no plan knows
+                raise _odd(files.where[name], name, "F8_E4M3")
+        return files
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Each named tensor, as it is stored, file by file in the order it lies there."""
@@ -95,6 +101,10 @@ class TensorFiles:
             if not got:
                 raise ModelError(f"{file} ended early", AGAIN)
             view = view[got:]
+
+
+def _odd(file: Path, name: str, dtype: str) -> ModelError:
+    return ModelError(f"{file}: {name} is of type {dtype}", "give a float or bfloat16 model")
 
 
 def shards(folder: Path) -> list[Path]:

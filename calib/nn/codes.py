@@ -10,7 +10,6 @@ from torch import Tensor
 
 from calib.nn.activation import ActivationQuantizer
 from calib.nn.hadamard import block_hadamard
-from calib.quantizers import snapped
 
 BLOCK = 1 << 19  # activations quantized at a time: larger temporaries page-fault on every call, up to 5x
 _TOP_BIT = torch.tensor(-128, dtype=torch.int8)
@@ -89,7 +88,7 @@ def quantize_for(quantizer: ActivationQuantizer) -> Quantize:
         t = torch.div(t, scale) if t is x else t.div_(scale)
         if offset is not None:
             t.add_(offset)
-        return Codes(snapped(t, spec).to(torch.int8), scale, zero_point, None)
+        return Codes(spec.stored(spec.snap(t)), scale, zero_point, None)
 
     return few
 

@@ -14,7 +14,7 @@ from calib.nn.activation import ActivationQuantizer
 from calib.nn.linear import QuantLinear
 from calib.nn.low_rank import LowRankLinear
 from calib.nn.side_branch import SideBranch
-from calib.quantizers import AffineSpec, AnyWeight, describe_weight, weight_spec
+from calib.quantizers import AffineSpec, AnyWeight, describe_weight, input_spec, weight_spec
 
 
 def describe_linear(module: QuantLinear | LowRankLinear) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _part(n_in: int, n_out: int, group: Mapping[str, Any] | None, bias: bool, dt
 
 
 def _quantized(n_in: int, n_out: int, group: Mapping[str, Any], dtype: torch.dtype) -> QuantLinear:
-    spec = None if group["input"] is None else AffineSpec(**group["input"])
+    spec = None if group["input"] is None else input_spec(group["input"])
     quantizer = ActivationQuantizer(
         spec,
         n_in,

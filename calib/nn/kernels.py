@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from calib.nn import float8
 from calib.nn.codes import Codes, fingerprint, quantize_for
 from calib.nn.together import FEW, Finish, Product, Reader, read
 from calib.quantizers import AffineSpec, DualBinarySpec, LevelSpec
@@ -52,6 +53,8 @@ def select(module: QuantLinear, exact: bool = False) -> Kernel:
         return _integer(module, exact or bool(machine), machine)
     if not exact and _fits_int4(module):
         return _int4(module, reason)
+    if not exact and float8.fits(module):
+        return _named(float8.linear(module), "float8 scaled_mm")
     return _dequantize(module, reason)
 
 
@@ -73,6 +76,7 @@ def describe() -> dict[str, str]:
         "w8a8-static": integer(8, f"u8 activations, scales and bias {fused}{single}{joint}"),
         "w8a8": integer(8, f"u8 activations, scale per row afterwards{single}{joint}"),
         "w1..w7, integer activations": integer(7, "weights held as int8 (scales per channel or tensor)"),
+        "fp8, fp8-static": f"{fallback} (on CUDA torch._scaled_mm)",
         "weights asymmetric, in groups or of two planes": f"{fallback} (the scale changes inside a sum)",
         "w1..w4, float activations, symmetric groups or two planes, bf16 model": int4 + (f" ({four})" if four else ""),
         "float activations otherwise": f"{fallback} (torch's int4 and int8 kernels round to bf16)",
@@ -84,8 +88,8 @@ def _format_refusal(module: QuantLinear) -> str:
     weight, inputs = module.weight_spec, module.input.spec
     if inputs is None:
         return "activations are float"
-    if not weight.integer:
-        return "two scales meet inside a sum"
+    if not (weight.integer and inputs.integer):
+        return "numbers are float8" if isinstance(weight, AffineSpec) else "two scales meet inside a sum"
     if not weight.symmetric or "group" in (weight.granularity, inputs.granularity):
         return "a scale or zero point changes inside a sum"
     if not 0 < module.in_features <= LONGEST or not module.out_features:

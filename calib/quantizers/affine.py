@@ -71,6 +71,20 @@ class AffineSpec:
     def with_(self, **changes: object) -> AffineSpec:
         return replace(self, **changes)  # type: ignore[arg-type]
 
+    def snap(self, q: Tensor) -> Tensor:
+        """Codes as numbers, in place, of q (fp32) in units of the scale, zero point added; NaN stays."""
+        if self.binary:
+            return q.copy_(torch.where(q < 0, -1.0, torch.where(q >= 0, 1.0, q)))
+        return q.round_().clamp_(self.qmin, self.qmax)
+
+    def stored(self, numbers: Tensor) -> Tensor:
+        """int8 that hold codes."""
+        return numbers.to(torch.int8)
+
+    def numbers(self, codes: Tensor) -> Tensor:
+        """Codes as numbers, fp32, from the int8 that hold them; a fresh tensor."""
+        return codes.to(torch.float32, copy=True)
+
     # What a weight format has to offer, as LevelSpec and DualBinarySpec do; see ``WeightSpec``.
     integer = True  # values are integers times one scale a granule
 
@@ -161,35 +175,28 @@ def minmax(x: Tensor, spec: AffineSpec) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
-    """Codes in fp32, shaped like ``grouped(x)``: the arithmetic all paths share. Always a fresh tensor."""
+    """Codes as numbers (fp32), shaped like ``grouped(x)``: the arithmetic all paths share. Always a fresh tensor."""
     q = torch.div(grouped(x, spec).float(), scale)
     if not spec.symmetric:
         q.add_(zero_point.to(q.dtype))  # before rounding, as compressed-tensors does: it decides ties
-    return snapped(q, spec)
-
-
-def snapped(q: Tensor, spec: AffineSpec) -> Tensor:
-    """Codes, in place, of q in units of the scale, zero point added; NaN stays."""
-    if spec.binary:
-        return q.copy_(torch.where(q < 0, -1.0, torch.where(q >= 0, 1.0, q)))
-    return q.round_().clamp_(spec.qmin, spec.qmax)
+    return spec.snap(q)
 
 
 def _values(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
-    """Values of fp32 codes, in place."""
+    """Values of codes as numbers (fp32), in place."""
     if not spec.symmetric:
         codes.sub_(zero_point.to(codes.dtype))
     return codes.mul_(scale)
 
 
 def encode(x: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
-    """Integer codes (int8, shape of x): round half to even, then clamp. The code of NaN is unspecified."""
-    return _rounded(x, scale, zero_point, spec).to(torch.int8).reshape(x.shape)
+    """Codes (int8, shape of x): round half to even, then clamp. The integer code of NaN is unspecified."""
+    return spec.stored(_rounded(x, scale, zero_point, spec)).reshape(x.shape)
 
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
-    """Values (fp32, shape of codes) of integer codes."""
-    return _values(grouped(codes, spec).to(torch.float32, copy=True), scale, zero_point, spec).reshape(codes.shape)
+    """Values (fp32, shape of codes) of int8 codes."""
+    return _values(spec.numbers(grouped(codes, spec)), scale, zero_point, spec).reshape(codes.shape)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:

@@ -6,6 +6,7 @@ Scales broadcast against the weight: one a row [out, 1], one a group of a groupe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -95,11 +96,12 @@ def lsq(weight: Tensor, a: Tensor, levels: int) -> Tensor:
 
 def affine(x: Tensor, a: Tensor, zero_point: Tensor, spec: AffineSpec) -> Tensor:
     """LSQ (arXiv 1902.08153) on an affine grid whose zero point is held: a (clip(round(x / a) + z) - z). One bit with a
-    sign is ``elastic_binary``."""
+    sign is ``elastic_binary``; float8 rounds to its own numbers."""
     if spec.binary:
         return elastic_binary(x, a)
     zero = zero_point.to(x.dtype)
-    return _learned_step(x, a, spec.qmin - zero, spec.qmax - zero, _gain(x, max(1, spec.qmax)))
+    nearest = torch.round if spec.integer else lambda q: spec.snap(q.float().clone()).to(q.dtype)
+    return _learned_step(x, a, spec.qmin - zero, spec.qmax - zero, _gain(x, max(1, spec.qmax)), nearest)
 
 
 def elastic_binary(weight: Tensor, a: Tensor) -> Tensor:
@@ -157,11 +159,18 @@ def dual_binary(weight: Tensor, a1: Tensor, a2: Tensor) -> Tensor:
     return a1 * b1 + a2 * b2 + (a1 - a2).detach() * steps
 
 
-def _learned_step(x: Tensor, a: Tensor, low: int | Tensor, high: int | Tensor, gain: float) -> Tensor:
+def _learned_step(
+    x: Tensor,
+    a: Tensor,
+    low: int | Tensor,
+    high: int | Tensor,
+    gain: float,
+    nearest: Callable[[Tensor], Tensor] = torch.round,
+) -> Tensor:
     a = a.clamp(min=SMALLEST)
     with torch.no_grad():
         q = x / a
-        codes = q.round().clamp(low, high)  # type: ignore[arg-type]  # both numbers, or both tensors
+        codes = nearest(q).clamp(low, high)  # type: ignore[arg-type]  # both numbers, or both tensors
         inside = (q >= low) & (q <= high)
         slope = torch.where(inside, codes - q, codes)
     return _Scaled.apply(x, a, codes * a, inside, slope, gain)

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from calib.quantizers import AffineSpec, AnyWeight, fake_quantize, fake_quantize_dynamic, qparams, snapped, weight_range
+from calib.quantizers import AffineSpec, AnyWeight, fake_quantize, fake_quantize_dynamic, qparams, weight_range
 from calib.quantizers.product import LONGEST, int_mm_refusal
 from calib.solvers.grid import rounded
 
@@ -43,7 +43,7 @@ def quantize_weight(weight: Tensor, spec: AnyWeight) -> Tensor:
 
 def takes_integers(inputs: AffineSpec | None, weights: AnyWeight, weight: Tensor) -> bool:
     """True where the products of these formats with weight [m, n] are sums of int8 products, exact on this machine."""
-    if inputs is None or not isinstance(weights, AffineSpec):
+    if inputs is None or not isinstance(weights, AffineSpec) or not (inputs.integer and weights.integer):
         return False
     if not weights.symmetric or weights.granularity not in ("channel", "tensor"):
         return False
@@ -105,7 +105,7 @@ class InputCodes:
             moved.div_(steps[-1])  # two divisions: the codes are then those of quantizers, ties included
             if not spec.symmetric:
                 moved.add_(zeros[-1])
-            codes[start : start + len(rows)] = snapped(moved, spec)
+            codes[start : start + len(rows)] = spec.snap(moved)
         return torch.cat(steps), torch.cat(zeros)
 
 

@@ -107,8 +107,9 @@ class LearnedLinear(CalledAsWeight, nn.Module):
     def __init__(self, module: QuantLinear, weight: Tensor, site: LearnedSite, learn: Collection[str] = LEARN) -> None:
         super().__init__()
         spec = module.weight_spec
-        if not isinstance(spec, AffineSpec):
-            raise InputError(f"learned rounding is for affine grids, not {spec.kind}", "leave out refine")
+        if not isinstance(spec, AffineSpec) or not spec.integer:
+            kind = getattr(spec, "kind", "float8")
+            raise InputError(f"learned rounding is for affine integers, not {kind}", "leave out refine")
         self.module, self.spec, self.shape, self.site, self.learn = module, spec, weight.shape, site, learn
         self.weight_float = weight
         scale, zero = module.weight_scale, module.weight_zero_point

@@ -98,7 +98,7 @@ EXACT = Arm("os+, exact folds", "os+", PLAIN)  # of a post-norm encoder: where n
 def arms(scheme: str, encoder: bool) -> list[Arm]:
     if scheme.endswith("a16"):
         return WEIGHT_ONLY
-    found = [*BOTH[:-1], *(ROUNDED if not scheme.startswith("w8") else SAMPLES), BOTH[-1]]
+    found = [*BOTH[:-1], *(SAMPLES if scheme.startswith(("w8", "fp8")) else ROUNDED), BOTH[-1]]
     if not encoder:
         return found
     found = [replace(arm, options=arm.options | TAPPED) if arm.options.get("sites") == FOLDS else arm for arm in found]
@@ -106,6 +106,7 @@ def arms(scheme: str, encoder: bool) -> list[Arm]:
 
 
 SCHEMES = ("w8a8-static", "w8a8", "w6a6-static", "w6a6", "w4a8-static", "w4a8", "w4a4-static", "w4a4", "w4a16", "w3a16")
+FLOATS = ("fp8-static", "fp8")
 
 
 def smollm2(result: calib.Result | None) -> dict[str, Any]:
@@ -200,7 +201,12 @@ def run(name: str, args: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "calib": calib.__version__},
     }
-    wanted = [(scheme, arm) for scheme in SCHEMES for arm in arms(scheme, driver.encoder) if args.all or not arm.more]
+    wanted = [
+        (scheme, arm)
+        for scheme in (*SCHEMES, *FLOATS)
+        for arm in arms(scheme, driver.encoder)
+        if args.all or not arm.more
+    ]
     for scheme, arm in [("float", None), *wanted]:
         label = "float" if arm is None else f"{scheme}, {arm.name}, seed {args.seed}"
         asked = not args.only or label == "float" or any(label.startswith(part) for part in args.only.split(";"))
@@ -219,7 +225,7 @@ def rows(name: str) -> list[tuple[str, str, list[float], float]]:
     key = DRIVERS[name].key
     cells = [c for c in stored(HERE / f"results-{name}.json")["cells"].values() if "scheme" in c]
     out = []
-    for scheme in SCHEMES:
+    for scheme in (*SCHEMES, *FLOATS):
         for arm in arms(scheme, DRIVERS[name].encoder):
             same = [c for c in cells if (c["scheme"], c["arm"]) == (scheme, arm.name)]
             if same:
