@@ -322,6 +322,8 @@ def test_the_docs_show_every_cell() -> None:
     text = DOCS.read_text(encoding="utf-8")
     lines = [line.strip("|") for line in text.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.split("|")] for line in lines]
-    assert rows[0][1:] == list(targets.WRITERS)
+    assert rows[0][1:] == list(formats.COLUMNS) and {column[0] for column in formats.COLUMNS.values()} == {
+        *targets.WRITERS
+    }
     assert [row[0] for row in rows[1:]] == list(FAMILIES) and all(all(row) for row in rows[1:])
     assert "FAILED" not in text
