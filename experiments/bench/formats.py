@@ -106,8 +106,8 @@ Largest difference from the simulated model's logits, of their range, as the for
 process; a number in brackets is a refusal, with the reason below. Written by `python -m experiments.bench.formats` on
 tiny random models ({versions}). `calib`, `compressed-tensors` and `onnx` hold `w8a8-static` by `os+`, and "the same,
 fp8" that scheme; the others hold weights only: `w4a16`, groups of 32. For `gptq` and `awq` a decoder written from their
-definitions stood for GPTQModel. Tiny shapes are not the released ones, which is why GGUF refuses gpt2, qwen3 and gemma2 here; with released shapes they
-pass (`tests/test_formats.py`).
+definitions stood for GPTQModel. Tiny shapes are not the released ones, which is why GGUF refuses gpt2, qwen3 and gemma2
+here; with released shapes they pass (`tests/test_formats.py`).
 
 """
 
