@@ -23,6 +23,7 @@ from calib.export.verify import VerifyReport, verify
 from calib.inspection import inspect
 from calib.quantize import Result, cost, plan, quantize  # `calib.quantize` is the function, not its module
 from calib.result import Tuned
+from calib.rotate import Rotated, rotate  # so is `calib.rotate`
 from calib.tune import tune
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "NumericsError",
     "OutputError",
     "Result",
+    "Rotated",
     "Tuned",
     "VerifyError",
     "VerifyReport",
@@ -46,6 +48,7 @@ __all__ = [
     "load_tokenizer",
     "plan",
     "quantize",
+    "rotate",
     "tune",
     "verify",
 ]

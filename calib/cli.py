@@ -13,17 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 import calib
-from calib import cli_data, cli_eval, cli_guard, cli_info, cli_inspect, cli_tune, cli_zoo, prepare
+from calib import cli_data, cli_eval, cli_guard, cli_info, cli_inspect, cli_rotate, cli_tune, cli_zoo, prepare
 from calib.errors import CalibError, Interrupted, ModelError
 from calib.export.targets import WRITERS
-from calib.options import RecipeOptions, one_of, set_up, with_recipe_options
+from calib.options import DTYPES, RecipeOptions, dtype_named, one_of, set_up, with_recipe_options
 from calib.report import HTML
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTERRUPTED = Interrupted.exit_code
 
 CODES = (
@@ -43,6 +41,7 @@ app = typer.Typer(
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_zoo.app, name="zoo")
 app.command()(cli_tune.tune)
+app.command()(cli_rotate.rotate)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name that calib info lists, a folder, .gguf or hub id.")]
 Data = Annotated[
@@ -112,7 +111,7 @@ def quantize(
             batch_size=batch_size,
             overwrite=overwrite,
             verified=verify,
-            dtype=_dtype(dtype),
+            dtype=dtype_named(dtype),
             device=device,
             max_memory=None if max_memory is None else parse_size(max_memory),
             auto_seconds=auto_seconds,
@@ -164,7 +163,7 @@ def plan(
     limit = None if max_memory is None else parse_size(max_memory)
     cost = calib.cost(
         model,
-        dtype=_dtype(dtype),
+        dtype=dtype_named(dtype),
         max_memory=limit,
         out=out,
         progress=not quiet,
@@ -270,7 +269,9 @@ def evaluate(
     options |= {"seq_len": seq_len, "stride": stride} if task == "perplexity" else {}
     options |= {"limit": windows} if task == "harness" else {}
     answer = cli_eval.evaluate(
-        cli_eval.Measure(task, data, windows or cli_eval.WINDOWS, batch_size, mode, _dtype(dtype), not quiet, options),
+        cli_eval.Measure(
+            task, data, windows or cli_eval.WINDOWS, batch_size, mode, dtype_named(dtype), not quiet, options
+        ),
         model,
         against,
     )
@@ -374,10 +375,6 @@ def _text(result: calib.Result) -> str:
         lines.append(str(calib.VerifyReport(**report["verify"])))
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items())
     return "\n".join([*lines, f"seconds: {stages}", f"peak memory: {_peak_rss_mib()} MiB"])
-
-
-def _dtype(name: str) -> torch.dtype:
-    return DTYPES[one_of("dtype", name, list(DTYPES))]
 
 
 def _peak_rss_mib() -> float | None:

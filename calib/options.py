@@ -25,7 +25,12 @@ from calib.recipe import FOLDS, METHODS, SCHEMES, Scheme
 
 RANGES = ("minmax", "mse", "percentile")
 FORMATS = typing.get_args(Format)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Option = typer.Option
+
+
+def dtype_named(name: str) -> torch.dtype:
+    return DTYPES[one_of("dtype", name, list(DTYPES))]
 
 
 def one_of(option: str, value: str, known: Sequence[str]) -> str:

@@ -1,0 +1,55 @@
+"""``calib rotate``: a turned float model, for formats and programs that hold no rotation."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from calib.evaluate import peak_rss_mib
+from calib.options import DTYPES, dtype_named, set_up
+
+Option = typer.Option
+
+
+def rotate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for quantize.")],
+    out: Annotated[str, Option(help="Folder to write the turned float model to.")],
+    heads: Annotated[bool, Option("--heads/--no-heads", help="Turn value heads as well.")] = True,
+    seed: Annotated[int, Option(help="Of the rotation.")] = 0,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    verify: Annotated[bool, Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
+    threads: Annotated[int | None, Option(min=1, max=1024, help="CPU threads. Default: all cores.")] = None,
+    dtype: Annotated[str, Option(help=f"Floats to write: {', '.join(DTYPES)}.")] = "float32",
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object as the last line of stdout.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="No progress, no tables.")] = False,
+) -> None:
+    """Turn a model's residual stream, so that outliers spread over all channels at no cost, and write it as floats.
+
+    The result is a plain checkpoint that answers as the model did: quantize it next, in any format, with any tool.
+
+    Example: calib rotate smollm2-135m --out out/smollm2-turned
+    """
+    import calib
+
+    set_up(threads, quiet)
+    found = calib.rotate(
+        model,
+        out,
+        heads=heads,
+        seed=seed,
+        dtype=dtype_named(dtype),
+        overwrite=overwrite,
+        verified=verify,
+        progress=not quiet,
+    )
+    if not quiet:
+        print(found)
+        if found.verify is not None:
+            print(found.verify)
+        print(f"written to {found.out}")
+    if as_json:
+        shown = {name: getattr(found, name) for name in ("width", "norms", "writers", "readers", "heads", "difference")}
+        verified = None if found.verify is None else found.verify.as_dict()
+        print(json.dumps({"out": str(found.out), **shown, "verify": verified, "peak_rss_mib": peak_rss_mib()}))
