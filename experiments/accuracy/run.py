@@ -41,12 +41,13 @@ SST2_MODEL = SHARED / "models/minilm-l6-sst2"
 
 @dataclass(frozen=True)
 class Arm:
-    """A method with its options; ``more``: an ablation, run with --all only."""
+    """A method with its options; ``more``: an ablation, run with --all only; turned: of ``calib.rotate``'s model."""
 
     name: str
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     more: bool = False
+    turned: bool = False
 
 
 PLAIN: dict[str, Any] = {"prefix": "none", "sites": FOLDS}  # as published: folds only, no prefix
@@ -92,6 +93,7 @@ ROUNDED = [
     Arm("rotate,os+,gptq, prefix, learned, 64 windows", "rotate,os+,gptq", {**LEARNED, **MORE}, more=True),
 ]
 SAMPLES = [Arm(f"os+, {n} samples", "os+", {**PLAIN, "samples": n}, more=True) for n in (1, 4, 16, 128)]
+STOCK = {"format": "compressed-tensors"}  # what plain transformers load
 EXACT = Arm("os+, exact folds", "os+", PLAIN)  # of a post-norm encoder: where no tap is needed
 
 
@@ -100,7 +102,9 @@ def arms(scheme: str, encoder: bool) -> list[Arm]:
         return WEIGHT_ONLY
     found = [*BOTH[:-1], *(SAMPLES if scheme.startswith(("w8", "fp8")) else ROUNDED), BOTH[-1]]
     if not encoder:
-        return found
+        method = "os+" if scheme.startswith(("w8", "fp8")) else "os+,gptq"
+        stock = Arm(f"{method}, stock", method, STOCK, more=True)
+        return [*found, stock, replace(stock, name=f"turned, {stock.name}", turned=True)]
     found = [replace(arm, options=arm.options | TAPPED) if arm.options.get("sites") == FOLDS else arm for arm in found]
     return [EXACT if arm.name == "os+, fused" else arm for arm in found]
 
@@ -175,7 +179,11 @@ def cell(driver: Driver, scheme: str, arm: Arm, seed: int) -> dict[str, Any]:
     formats = {**({"weight_bits": 3} if scheme == "w3a16" else {}), **options.pop("scheme_options", {})}
     start = time.process_time()
     preset = "w4a16" if scheme == "w3a16" else scheme  # an affine grid of 3 bits: what the rivals have
-    result = calib.quantize(driver.model, preset, arm.method, driver.data, scheme_options=formats, **options)
+    model: Any = driver.model
+    if arm.turned:
+        made = calib.rotate(model, seed=seed, progress=False)
+        model, options["tokenizer"] = made.model, made.tokenizer
+    result = calib.quantize(model, preset, arm.method, driver.data, scheme_options=formats, **options)
     cpu = time.process_time() - start
     set_mode(result.model, "fake" if scheme.endswith("a16") else "packed")
     bits = [e.bits for e in result.plan.entries.values() if e.status != "excluded"]
