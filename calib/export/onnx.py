@@ -128,7 +128,7 @@ class QdqLinear(nn.Module):
         self.axis = {"axis": 1} if groups == 1 else {"axis": 0, "block_size": module.in_features // groups}
         self.register_buffer("weight_scale", (scale.squeeze(1) if groups == 1 else scale.T).contiguous())
         self.register_buffer(f"{self.stored}_codes", codes)
-        if zero is not None and bool(zero.any()):  # zeros alike are merged by the tracer, which onnxruntime cannot undo
+        if zero is not None and bool(zero.any()):  # zeros alike would be merged by the tracer: see _own_zeros
             zero = zero.reshape(shape).expand(module.out_features, -1).to(torch.int8)
             self.register_buffer(f"{self.stored}_zero", (zero.squeeze(1) if groups == 1 else zero.T).contiguous())
 
@@ -239,6 +239,7 @@ def traced(model: PreTrainedModel) -> Any:
             f"torch cannot trace {type(model).__name__}: {cause[:200]}", "use another --format"
         ) from error
     _narrow(program)
+    _own_zeros(program)
     _keep_apart(program)
     return program
 
@@ -253,6 +254,26 @@ def _narrow(program: Any) -> None:
             values = value.const_value.numpy().astype(ml_dtypes.int4)
             value.const_value = onnx_ir.tensor(values, dtype=onnx_ir.DataType.INT4, name=name)
             value.dtype = onnx_ir.DataType.INT4
+
+
+def _own_zeros(program: Any) -> None:
+    """A zero point for each 8-bit weight that has none, its own. onnxruntime's session.x64quantprecision rewrites
+    weights, and where it fuses nothing after a weight it can do neither without a zero point nor with a shared one.
+    """
+    import numpy as np
+    import onnx_ir
+
+    graph = program.model.graph
+    for node in list(graph):
+        weight = node.inputs[0]
+        if node.op_type == "DequantizeLinear" and "int8_codes" in (weight.name or "") and len(node.inputs) == 2:
+            name = f"{weight.name}.zero"
+            shape = tuple(int(size) for size in node.inputs[1].shape)
+            value = onnx_ir.Value(name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(onnx_ir.DataType.INT8))
+            value.const_value = onnx_ir.tensor(np.zeros(shape, dtype=np.int8), name=name)
+            graph.register_initializer(value)
+            node.resize_inputs(3)
+            node.replace_input_with(2, value)
 
 
 def _keep_apart(program: Any) -> None:
