@@ -12,8 +12,18 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import calib
-from calib.nn import AttentionFormat, Int8Cache, Prefix, attention_modules, kv_cache, route_attention, use_int8_cache
-from calib.quantizers import fake_quantize_dynamic
+from calib.nn import (
+    AttentionFormat,
+    Int8Cache,
+    Prefix,
+    attention,
+    attention_modules,
+    block_hadamard,
+    kv_cache,
+    route_attention,
+    use_int8_cache,
+)
+from calib.quantizers import AffineSpec, fake_quantize_dynamic
 from tests.families import FAMILIES, batches, build
 
 DECODERS = [name for name in FAMILIES if name not in ("bert", "bart")]
@@ -147,6 +157,8 @@ def test_load_offers_it_and_a_checkpoint_may_ask_for_it(tmp_path: Path) -> None:
         model: Any = calib.load(tmp_path / name, mode=mode, kv_cache=wanted)  # type: ignore[arg-type]
         logits[name, mode, wanted], cache = stepwise(model)
         assert (type(cache.layers[0]) is kv_cache.Int8Layer) == held
+        forms = [m.calib_attention.turned for m in model.modules() if hasattr(m, "calib_attention")]
+        assert forms == {"float": [], "rounded": [False] * 2, "four": [True] * 2}[name]
     assert torch.equal(logits["rounded", "packed", None], logits["rounded", "fake", None])
     assert not torch.equal(logits["float", "packed", None], logits["float", "packed", "int8"])
 
@@ -165,3 +177,23 @@ def test_a_cache_can_be_made_by_hand() -> None:
     assert filled is cache
     kinds = {type(layer) is kv_cache.Int8Layer for layer in cache.layers}
     assert kinds == {True, False}  # its windowed layers hold 16 tokens and no more
+
+
+def test_a_turned_cache_loses_less_of_keys_with_a_channel_that_stands_out() -> None:
+    four = AffineSpec(4, symmetric=False, granularity="token", dynamic=True)
+    keys = torch.randn(2, 3, 40, 64)
+    keys[..., 5] += 20
+    plain, turned = (AttentionFormat(cache=four, prefix=2, turned=on).keys_or_values(keys) for on in (False, True))
+    errors = [float((got - keys)[:, :, 2:, 6:].square().mean()) for got in (plain, turned)]
+    assert errors[1] < 0.3 * errors[0]
+    assert torch.equal(turned[:, :, :2], keys[:, :, :2])
+    odd = torch.randn(1, 2, 4, 7)  # no block divides it
+    assert torch.equal(*(AttentionFormat(cache=four, turned=on).keys_or_values(odd) for on in (False, True)))
+
+
+@pytest.mark.parametrize("block", [2, 8, 64, 128])
+def test_what_a_fold_has_turned_is_turned_on_not_back(block: int) -> None:
+    turn = block_hadamard(torch.eye(block) * attention._bent_signs(block, block), block)
+    twice = block_hadamard(torch.eye(block), block) @ turn
+    assert torch.allclose(turn @ turn.T, torch.eye(block), atol=1e-5)
+    assert float(twice.abs().amax()) <= (2 / block) ** 0.5 + 1e-5

@@ -185,8 +185,9 @@ class BlockCalibration:
         scheme = self.recipe.scheme
         if scheme.attention is not None or scheme.kv is not None:
             prefix = 0 if self.plan.prefix is None else len(self.plan.prefix)
+            turned = scheme.kv is not None and scheme.kv.bits < 8  # at 8 bits it changes nothing
             for module in attention_modules(self.block):
-                module.calib_attention = AttentionFormat(scheme.attention, scheme.kv, prefix)  # type: ignore[assignment]
+                module.calib_attention = AttentionFormat(scheme.attention, scheme.kv, prefix, turned)  # type: ignore[assignment]
 
     def _settle(self, state: SiteState) -> None:
         """The plan says what was done, where that is less than was planned."""

@@ -168,7 +168,9 @@ class Journal:
                     block.set_submodule(path, quant_linear(block.get_submodule(path), form, f"{name}.{path}", dtype))
             for path, form in structure["attention"].items():
                 formats = {k: None if form[k] is None else AffineSpec(**form[k]) for k in ("matmuls", "cache")}
-                block.get_submodule(path).calib_attention = AttentionFormat(**formats, prefix=form["prefix"])  # type: ignore[assignment]
+                block.get_submodule(path).calib_attention = AttentionFormat(
+                    **formats, prefix=form["prefix"], turned=form["turned"]
+                )  # type: ignore[assignment]
         except (CalibError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"the record of {name} in {self.folder / LINES} is damaged ({error})", ANEW) from error
         files = self.files(name)

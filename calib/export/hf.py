@@ -120,7 +120,7 @@ def install_attention(model: nn.Module, config: Mapping[str, Any]) -> None:
     specs = {k: None if config[k] is None else AffineSpec(**config[k]) for k in ("matmuls", "cache")}
     route_attention(model)
     for name in config["modules"]:
-        form: Any = AttentionFormat(specs["matmuls"], specs["cache"], config["prefix"])
+        form: Any = AttentionFormat(specs["matmuls"], specs["cache"], config["prefix"], config.get("turned", False))
         model.get_submodule(name).calib_attention = form
 
 

@@ -6,6 +6,7 @@ values of prefix tokens stay float.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from calib.errors import InputError
+from calib.nn.hadamard import best_block, block_hadamard
 from calib.quantizers import AffineSpec, fake_quantize_dynamic, straight
 
 NAME = "calib_quantized"
@@ -23,24 +25,50 @@ ROUNDED = "calib_rounded"  # set on keys and values that come out of a cache on 
 
 @dataclass(frozen=True)
 class AttentionFormat:
-    """matmuls: q, k, v and probabilities; cache: keys and values; prefix: leading positions that stay float."""
+    """matmuls: q, k, v and probabilities; cache: keys and values; prefix: leading positions that stay float.
+
+    turned: the cache holds keys and values turned within each head, so that no channel stands out.
+    """
 
     matmuls: AffineSpec | None = None
     cache: AffineSpec | None = None
     prefix: int = 0
+    turned: bool = False
 
     def keys_or_values(self, x: Tensor) -> Tensor:
         """x [B, heads, T, dim] as it comes out of the cache and enters its matmul."""
         head, rest = x[:, :, : self.prefix], x[:, :, self.prefix :]
-        for spec in (None if getattr(x, ROUNDED, False) else self.cache, self.matmuls):
-            if spec is not None:
-                rest = _rounded(rest, spec)
+        if self.cache is not None and not getattr(x, ROUNDED, False):
+            rest = _rounded_turned(rest, self.cache) if self.turned else _rounded(rest, self.cache)
+        if self.matmuls is not None:
+            rest = _rounded(rest, self.matmuls)
         return torch.cat([head, rest], dim=2) if self.prefix else rest
 
 
 def _rounded(x: Tensor, spec: AffineSpec) -> Tensor:
     """x on its grid; gradients pass as they are (its range is its own, so nothing clips)."""
     return straight.standing(x, fake_quantize_dynamic(x.detach(), spec))
+
+
+def _rounded_turned(x: Tensor, spec: AffineSpec) -> Tensor:
+    """x [..., dim] as it comes back from a grid that it was turned for: y = x S H, rounded, and back."""
+    block = best_block(x.shape[-1])
+    signs = _bent_signs(block, x.shape[-1]).to(x.device)
+    with torch.no_grad():
+        held = fake_quantize_dynamic(block_hadamard(x.float() * signs, block), spec)
+        values = (block_hadamard(held, block) * signs).to(x.dtype)  # H of a power of two is its own inverse
+    return straight.standing(x, values)
+
+
+@functools.lru_cache(maxsize=16)
+def _bent_signs(block: int, width: int) -> Tensor:
+    """Signs S [width], a bent function of the channel's number in its block: H S H is as flat as H itself.
+
+    Without them H H would be no turn at all, for values that a fold has turned already.
+    """
+    numbers = [(i & (i >> 1) & 0x5555).bit_count() for i in range(block)]
+    with torch.inference_mode(False):
+        return torch.tensor([1.0 - 2 * (n % 2) for n in numbers]).repeat(width // block)
 
 
 def quantized_attention(
