@@ -51,7 +51,8 @@ def inspect(
     """
     start = time.perf_counter()
     scheme = make_scheme("w8a8-static" if sensitivity is None else sensitivity)
-    network, tokenizer, store, _ = prepare.load_model(model, tokenizer, torch.float32, progress, streamed=True)
+    streamed = not prepare.is_self(data)  # a model that writes its own text runs as a whole
+    network, tokenizer, store, _ = prepare.load_model(model, tokenizer, torch.float32, progress, streamed=streamed)
     if seq_len is None:
         config = getattr(network, "config", None)
         seq_len = min(TOKENS_A_WINDOW, (config and sequence_limit(config, tokenizer)) or TOKENS_A_WINDOW)

@@ -35,6 +35,7 @@ from calib.report import page
 from calib.report.record import clean
 from calib.report.svg import Panel, number, png, ticks
 from tests.families import batches, build
+from tests.small import save_llama
 
 VOID = {"meta", "path", "rect", "circle", "image", "polyline", "br"}
 HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -316,6 +317,12 @@ def test_sensitivity_is_the_loss_that_one_linear_adds() -> None:
     model.set_submodule(name, module)
     added = math.log(judge.quality(model)["ratio"])
     assert next(e["loss"] for e in found["linears"] if e["name"] == name) == pytest.approx(added, rel=1e-3, abs=1e-6)
+
+
+def test_a_model_may_write_the_text_that_it_is_inspected_on(tmp_path: Path, byte_tokenizer: Any) -> None:
+    folder = save_llama(tmp_path / "m", byte_tokenizer)  # from a folder its weights are streamed, and cannot generate
+    report = calib.inspect(folder, "self", samples=2, seq_len=16, progress=False)
+    assert report["sites"]
 
 
 def test_proposed_formats_fit_the_size_and_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
