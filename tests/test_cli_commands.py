@@ -53,6 +53,10 @@ SUCCESS: dict[str, tuple[str, set[str]]] = {  # arguments, keys of the JSON obje
         "{tmp}/q --data {train.txt} --loss ce --steps 2 --samples 4 --seq-len 32 --no-verify --out {tmp}/t",
         {"out", "loss", "trained", "seconds", "peak_rss_mib"},
     ),
+    "rotate": (
+        "{model} --no-verify --out {tmp}/r",
+        {"out", "width", "norms", "writers", "readers", "heads", "difference", "verify", "peak_rss_mib"},
+    ),
     "info": (
         "",
         {"versions", "machine", "devices", "kernels", "cache", "models", "zoo", "schemes", "methods"},
@@ -85,6 +89,7 @@ FAILURE: dict[str, tuple[str, int, str]] = {
     "verify": ("{tmp}/none", 3, "no folder"),
     "export": ("{model} --format zip --out {tmp}/x", 2, "zip"),
     "tune": ("{model} --loss magic --out {tmp}/x", 2, "magic"),
+    "rotate": ("{model} --out {tmp}/x --dtype int8", 2, "int8"),
     "info": ("--threads 0", 2, "threads"),
     "data select": ("--pool {tmp}/none.txt --target {test.txt} --out {tmp}/x.jsonl", 4, "none.txt"),
     "zoo list": ("--long", 2, "--long"),

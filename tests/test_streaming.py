@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -344,35 +345,56 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
+FORKS = """
+import json, os, sys
+from calib import cli
+print(cli.run(json.loads(sys.argv[1])), flush=True)
+for line in sys.stdin:
+    if not (pid := os.fork()):
+        os._exit(cli.run(json.loads(line)))
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""  # a process for each job, without the imports, which take longer than the job
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_kill_9_at_any_time(shared: Path, tmp_path: Path) -> None:
     """20 kills at random times, also inside writes; what comes out is what comes out undisturbed."""
     model = shared / "models" / "stories260k"
-    base = [sys.executable, "-m", "calib", "quantize", str(model), "--no-verify", "-q", *COMMAND, "--threads", "1"]
+    base = ["quantize", str(model), "--no-verify", "-q", *COMMAND, "--threads", "1", "--out"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes["env"] = environment() | {"TOKENIZERS_PARALLELISM": "false"}
+    first = json.dumps([*base, str(tmp_path / "plain")])
+    with subprocess.Popen([sys.executable, "-c", FORKS, first], **pipes) as forks:
+        assert forks.stdin is not None and forks.stdout is not None
+        assert forks.stdout.readline() == "0\n"
 
-    def start(out: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*base, "--out", str(out)], env=environment(), stderr=subprocess.PIPE)
+        def run(out: Path, seconds: float | None = None) -> int:
+            """Exit code of the job, killed after some seconds."""
+            print(json.dumps([*base, str(out)]), file=forks.stdin, flush=True)
+            pid = int(forks.stdout.readline())  # type: ignore[union-attr]
+            if seconds is not None:
+                time.sleep(seconds)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return int(forks.stdout.readline())  # type: ignore[union-attr]
 
-    begin = time.monotonic()
-    assert start(tmp_path / "plain").wait() == 0
-    whole = time.monotonic() - begin
-    generator, kills, finished = torch.Generator().manual_seed(0), 0, 0
-    while kills < 20:
-        process = start(tmp_path / "out")
-        # most of the time is imports, before there is anything to lose: aim at the rest
-        time.sleep(whole * (0.5 + 0.6 * float(torch.rand((), generator=generator))))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        if (tmp_path / "out").exists():
-            finished += 1
-            assert_same(tmp_path / "plain", tmp_path / "out")
-            for file in [*(tmp_path / "out").rglob("*")]:
-                if file.is_file():
-                    file.unlink()
-            (tmp_path / "out").rename(tmp_path / f"done-{finished}")
-    process = start(tmp_path / "out")
-    assert process.wait() == 0, process.stderr.read()  # type: ignore[union-attr]
+        begin = time.monotonic()
+        assert run(tmp_path / "again") == 0
+        whole = time.monotonic() - begin
+        assert_same(tmp_path / "plain", tmp_path / "again")
+        generator, kills, finished = torch.Generator().manual_seed(0), 0, 0
+        while kills < 20:
+            kills += run(tmp_path / "out", whole * 1.1 * float(torch.rand((), generator=generator))) == -signal.SIGKILL
+            if (tmp_path / "out").exists():
+                finished += 1
+                assert_same(tmp_path / "plain", tmp_path / "out")
+                for file in [*(tmp_path / "out").rglob("*")]:
+                    if file.is_file():
+                        file.unlink()
+                (tmp_path / "out").rename(tmp_path / f"done-{finished}")
+        assert run(tmp_path / "out") == 0
     assert_same(tmp_path / "plain", tmp_path / "out")
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 

@@ -242,14 +242,23 @@ def rows(name: str) -> list[tuple[str, str, list[float], float]]:
 
 
 def table() -> None:
+    """Markdown: an arm a row, a scheme a column; mean and standard deviation over seeds."""
     for name, driver in DRIVERS.items():
         file = HERE / f"results-{name}.json"
         if not file.exists():
             continue
-        print(f"\n{name}: {driver.key}; float {stored(file)['cells'].get('float')}")
-        for scheme, arm, values, cpu in rows(name):
-            spread = f" +- {statistics.stdev(values):.4g} ({len(values)} seeds)" if len(values) > 1 else ""
-            print(f"{scheme:12s} {arm:30s} {statistics.mean(values):10.5g}{spread}   {cpu:6.0f} CPU s")
+        found = rows(name)
+        schemes = [scheme for scheme in (*SCHEMES, *FLOATS) if any(row[0] == scheme for row in found)]
+        print(f"\n{name}: {driver.key}; float {stored(file)['cells'].get('float')}\n")
+        print(f"| | {' | '.join(schemes)} |\n|---{'|---' * len(schemes)}|")
+        for arm in dict.fromkeys(row[1] for row in found):
+            cells = {scheme: (values, cpu) for scheme, other, values, cpu in found if other == arm}
+            print(f"| {arm} | {' | '.join(shown(*cells[s]) if s in cells else '' for s in schemes)} |")
+
+
+def shown(values: list[float], cpu: float) -> str:
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}, {cpu:,.0f} s"
 
 
 def figure() -> None:
