@@ -262,20 +262,31 @@ def shown(values: list[float], cpu: float) -> str:
 
 
 def figure() -> None:
+    """What each arm loses, by scheme: perplexity as a ratio to float, squared error of logits, correlation lost."""
     import matplotlib.pyplot as plt
 
-    shown = [name for name in DRIVERS if (HERE / f"results-{name}.json").exists()]
-    _, axes = plt.subplots(1, len(shown), figsize=(6 * len(shown), 5), squeeze=False)
-    for ax, name in zip(axes[0], shown, strict=True):
-        found = rows(name)
-        for arm in dict.fromkeys(row[1] for row in found):
-            points = [(scheme, statistics.mean(values)) for scheme, other, values, _ in found if other == arm]
-            ax.plot(*zip(*points, strict=True), "o-", label=arm)
-        ax.set(title=name, ylabel=DRIVERS[name].key, yscale="log")
-        ax.tick_params(axis="x", rotation=60)
-        ax.legend(fontsize=6)
+    names = [name for name in DRIVERS if (HERE / f"results-{name}.json").exists()]
+    _, axes = plt.subplots(1, len(names), figsize=(6 * len(names), 5.5), squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        found, key = rows(name), DRIVERS[name].key
+        base = stored(HERE / f"results-{name}.json")["cells"]["float"].get(key, 0.0)
+        schemes = [scheme for scheme in (*SCHEMES, *FLOATS) if any(row[0] == scheme for row in found)]
+        labels = list(dict.fromkeys(row[1] for row in found))
+        colours = plt.get_cmap("tab20")
+        for number, arm in enumerate(labels):
+            points = [(schemes.index(scheme), statistics.mean(v)) for scheme, other, v, _ in found if other == arm]
+            lost = [{"perplexity": y / (base or 1), "spearman": base - y}.get(key, y) for _, y in points]
+            at = [x + (number / len(labels) - 0.5) * 0.5 for x, _ in points]
+            ax.plot(at, lost, "o", label=arm, color=colours(number % 20))
+        wording = {"perplexity": "perplexity over float's", "spearman": "Spearman correlation lost"}.get(
+            key, "logits MSE"
+        )
+        ax.set(title=name, ylabel=wording, yscale="linear" if key == "spearman" else "log")
+        ax.set_xticks(range(len(schemes)), schemes, rotation=60)
+        ax.grid(axis="y", alpha=0.3)
+        ax.legend(fontsize=7)
     plt.tight_layout()
-    plt.savefig(HERE / "accuracy.png", dpi=120)
+    plt.savefig(HERE / "accuracy.png", dpi=110)
 
 
 def main() -> None:
