@@ -18,7 +18,7 @@ from calib import prepare
 from calib.errors import InputError, ModelError
 from calib.export import plain
 from calib.export.files import check_out
-from calib.export.verify import VerifyReport, answer, verify
+from calib.export.verify import VerifyReport, answer, verifying
 from calib.model import Batch, apply_rewrites, make_plan, target_of
 from calib.model.linears import find_rewrites
 from calib.model.residual import Residual, find_residual
@@ -147,8 +147,6 @@ def _turn(model: nn.Module, found: Residual, turn: Tensor) -> None:
         keeps = any(reader.bias is None for reader in norm.readers)  # a class may have no place for one
         gain, bias = free_norm(norm.module, norm.gain.offset, norm.gain.bias, turn, keeps)
         readers += [(reader, gain, bias) for reader in norm.readers]
-    if len({id(reader) for reader, _, _ in readers}) < len(readers):
-        raise ModelError("a linear reads the residual stream in two ways", "use --method rotate")
     _untie([*found.writers, *(reader for reader, _, _ in readers)])
     for writer in found.writers:
         turn_writer(writer, turn)
@@ -170,14 +168,7 @@ def _untie(modules: list[nn.Module]) -> None:
 def _written(
     made: Rotated, out: Path, before: Tensor, batch: Batch, overwrite: bool, verified: bool, seed: int
 ) -> Rotated:
-    reports: list[VerifyReport] = []
-    finish = None
-    if verified:
-
-        def finish(stage: Path) -> dict[str, Any]:
-            reports.append(verify(stage, before, batch))
-            return {"report": {"verify": reports[0].as_dict()}}
-
+    finish, reports = verifying(before, batch) if verified else (None, [])
     shown = {"width": made.width, "heads": made.heads, "keeps_mean": made.keeps_mean, "seed": seed}
     manifest = {"rotated": {**shown, "difference": made.difference}}
     path = plain.save(made.model, made.tokenizer, out, manifest=manifest, overwrite=overwrite, finish=finish)

@@ -17,7 +17,7 @@ from calib.errors import InputError, ModelError, OutputError
 from calib.export import awq, checkpoint, compressed, gguf, gptq, onnx, plain
 from calib.export.files import HISTORY, Finish, check_out, read_manifest
 from calib.export.load import load_pair
-from calib.export.verify import REFERENCE, VerifyReport, reference_of, verify
+from calib.export.verify import REFERENCE, VerifyReport, reference_of, verifying
 from calib.export.weight_only import ACTIVATIONS, drop_inputs
 from calib.nn import changed_linears
 from calib.recipe import Recipe
@@ -136,15 +136,10 @@ def convert(
         raise ModelError(f"{folder} holds no linear that calib quantized", "name a folder that calib quantize wrote")
     if weights_only:
         drop_inputs(model)
-    reports: list[VerifyReport] = []
-    finish = None
+    finish, reports = None, list[VerifyReport]()
     if verified:
         inputs = _stored_inputs(folder)
-        reference = reference_of(model, inputs, format)
-
-        def finish(stage: Path) -> dict[str, Any]:
-            reports.append(verify(stage, reference, inputs))
-            return {"report": {"verify": reports[0].as_dict()}}
+        finish, reports = verifying(reference_of(model, inputs, format), inputs)
 
     save(model, tokenizer, out, format, manifest=_history(folder, weights_only), overwrite=overwrite, finish=finish)
     return reports[0] if reports else None

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calib.errors import CalibError, InputError, ModelError, VerifyError
-from calib.export.files import MANIFEST, made_of, read_manifest, writing
+from calib.export.files import MANIFEST, Finish, made_of, read_manifest, writing
 from calib.export.hf import set_mode
 from calib.export.load import check_folder
 from calib.files import is_file_name, sha256
@@ -130,6 +130,17 @@ def verify(
     if isinstance(report, CalibError):
         raise report
     return report
+
+
+def verifying(reference: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Finish, list[VerifyReport]]:
+    """What a writer calls with its complete folder before it takes its place, and the list that then has the report."""
+    reports: list[VerifyReport] = []
+
+    def finish(stage: Path) -> dict[str, Any]:
+        reports.append(verify(stage, reference, inputs))
+        return {"report": {"verify": reports[0].as_dict()}}
+
+    return finish, reports
 
 
 def verify_all(folders: Iterable[Path], *, tolerance: float | None = None) -> dict[Path, VerifyReport | CalibError]:

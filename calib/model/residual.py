@@ -51,7 +51,11 @@ def find_residual(model: nn.Module, batch: Batch) -> Residual:
     """
     with torch.no_grad(), loop_over_experts(model), record(model) as trace:
         call_model(model, batch)
-    return _Walk(trace).residual
+    found = _Walk(trace).residual
+    readers = [*found.readers, *(reader for norm in found.norms.values() for reader in norm.readers)]
+    if len({id(reader) for reader in readers}) < len(readers):
+        raise ModelError("a linear reads the residual stream in two ways", _FIX)
+    return found
 
 
 class _Walk:
