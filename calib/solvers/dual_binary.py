@@ -11,12 +11,17 @@ from calib.quantizers.dual_binary import planes
 ROUNDS = 8
 
 
-def dual_scale(weight: Tensor, spec: DualBinarySpec, importance: Tensor | None = None) -> Tensor:
+def dual_scale(
+    weight: Tensor,
+    spec: DualBinarySpec,
+    importance: Tensor | None = None,
+    signs: tuple[float, ...] = (1.0, -1.0),
+) -> Tensor:
     """Scales (fp16, [..., 2]) of the granules of weight [out, in].
 
-    Range ``published``: (max|w|, -max|w| / 2). ``mse``: from there, on w and on -w, nearest levels and least squares
-    for (a1, a2) in turn; a step that breaks the order a2 < 0 < a1 + a2 or raises the error is not taken; each granule
-    keeps the sign with the smaller error. importance [in]: weights of the squared errors.
+    Range ``published``: (max|w|, -max|w| / 2). ``mse``: from there, on w times each of signs, nearest levels and least
+    squares for (a1, a2) in turn; a step that breaks the order a2 < 0 < a1 + a2 or raises the error is not taken; each
+    granule keeps the sign with the smallest error. importance [in]: weights of the squared errors.
     """
     view = grouped(weight, spec)
     largest = view.abs().amax(-1, keepdim=True)
@@ -24,9 +29,10 @@ def dual_scale(weight: Tensor, spec: DualBinarySpec, importance: Tensor | None =
         return torch.cat([largest, -largest / 2], -1).half()
     cost = torch.ones(weight.shape[1]) if importance is None else importance.float()
     cost = grouped(cost.to(weight.device), spec)
-    found = [_alternate(sign * view, largest, cost) for sign in (1.0, -1.0)]
-    (plain, error), (mirrored, other) = found
-    return torch.where(other < error, -mirrored, plain).half()
+    scales, errors = zip(*(_alternate(sign * view, largest, cost) for sign in signs), strict=True)
+    best = torch.stack(errors).argmin(0).unsqueeze(0)
+    signed = torch.stack([sign * scale for sign, scale in zip(signs, scales, strict=True)])
+    return torch.take_along_dim(signed, best, 0)[0].half()
 
 
 def _alternate(view: Tensor, largest: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 import calib
 from calib.evaluate import classification, perplexity
@@ -31,6 +32,8 @@ from calib.nn import QuantLinear
 from calib.quantizers import AffineSpec, AnyWeight, DualBinarySpec, LevelSpec
 from calib.recipe import Scheme
 from calib.solvers import rounded
+from calib.solvers.dual_binary import dual_scale
+from calib.solvers.levels import level_codes
 from model_zoo.sources import load_model
 
 HERE = Path(__file__).parent
@@ -95,6 +98,17 @@ def arms() -> list[Arm]:
     return list({arm.name: arm for arm in found}.values())
 
 
+def relative_error(weight: Tensor, spec: AnyWeight, codes: Tensor, scale: Tensor, zero_point: Tensor) -> float:
+    return float((spec.decode(codes, scale, zero_point) - weight).square().sum() / weight.square().sum())
+
+
+def one_factor(weight: Tensor, spec: LevelSpec) -> float:
+    """The least relative error when one of 33 factors in [0.2, 1] of the published scale serves all rows."""
+    _, scale, zero_point = rounded(weight, spec)
+    scales = [scale * factor for factor in torch.linspace(0.2, 1, 33)]
+    return min(relative_error(weight, spec, level_codes(weight, s, spec), s, zero_point) for s in scales)
+
+
 def synthetic() -> None:
     """Relative squared errors on Gaussian, Laplace and uniform rows."""
     draw = torch.Generator().manual_seed(0)
@@ -118,13 +132,23 @@ def synthetic() -> None:
         "asymmetric 2 bit g64, minmax": affine(2, 64),
     }
     figures: dict[str, Any] = {}
+
+    def note(name: str, spec: AnyWeight, errors: dict[str, float]) -> None:
+        bits = spec.bits_per_weight((2048, 1024))
+        figures[name] = {"bits": bits, **{kind: round(error, 5) for kind, error in errors.items()}}
+        print(f"{name:30s} bits {bits:.4f} ", "  ".join(f"{k} {v:.4f}" for k, v in errors.items()))
+
     for name, spec in specs.items():
-        figures[name] = {"bits": spec.bits_per_weight((2048, 1024))}
-        for kind, weight in rows.items():
-            codes, *params = rounded(weight, spec)
-            error = (spec.decode(codes, *params) - weight).square().sum() / weight.square().sum()
-            figures[name][kind] = round(float(error), 5)
-        print(f"{name:30s}", "  ".join(f"{k} {v:.4f}" for k, v in figures[name].items()))
+        note(name, spec, {kind: relative_error(weight, spec, *rounded(weight, spec)) for kind, weight in rows.items()})
+    for kind, count in (("seq", 3), ("seq", 4), ("lsq", 4), ("seq", 8), ("lsq", 8), ("seq", 16), ("lsq", 16)):
+        spec = specs[f"{kind} {count} levels, published"]
+        least = {name: one_factor(weight, spec) for name, weight in rows.items()}
+        note(f"{kind} {count} levels, one factor", spec, least)
+    spec, errors = planes(64), {}
+    for kind, weight in rows.items():  # what choosing the sign of (a1, a2) by the granule is worth
+        scale, zero_point = dual_scale(weight, spec, signs=(1.0,)), torch.empty(0)
+        errors[kind] = relative_error(weight, spec, spec.encode(weight, scale), scale, zero_point)
+    note("fdb g64, mse, one sign", spec, errors)
     about = {"shape": [2048, 1024], "seed": 0, "torch": torch.__version__}
     (HERE / "results-synthetic.json").write_text(json.dumps({**about, "errors": figures}, indent=1) + "\n")
 
