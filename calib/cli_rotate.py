@@ -17,6 +17,10 @@ def rotate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for quantize.")],
     out: Annotated[str, Option(help="Folder to write the turned float model to.")],
     heads: Annotated[bool, Option("--heads/--no-heads", help="Turn value heads as well.")] = True,
+    learn: Annotated[int, Option(min=0, max=100_000, help="Steps that learn the turn on --data; 0: random.")] = 0,
+    data: Annotated[str | None, Option(help="Text to learn on, as for quantize. Default: built in.")] = None,
+    samples: Annotated[int, Option(min=1, help="Windows to learn on.")] = 16,
+    seq_len: Annotated[int, Option(min=1, help="Tokens a window.")] = 512,
     seed: Annotated[int, Option(help="Of the rotation.")] = 0,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what the output folder holds.")] = False,
     verify: Annotated[bool, Option("--verify/--no-verify", help="Reload in a fresh process and compare.")] = True,
@@ -38,6 +42,10 @@ def rotate(
         model,
         out,
         heads=heads,
+        learn=learn,
+        data=data,
+        samples=samples,
+        seq_len=seq_len,
         seed=seed,
         dtype=dtype_named(dtype),
         overwrite=overwrite,
@@ -50,6 +58,8 @@ def rotate(
             print(found.verify)
         print(f"written to {found.out}")
     if as_json:
+        learned = None if found.learned is None else {"before": found.learned.before, "after": found.learned.after}
         shown = {name: getattr(found, name) for name in ("width", "norms", "writers", "readers", "heads", "difference")}
         verified = None if found.verify is None else found.verify.as_dict()
-        print(json.dumps({"out": str(found.out), **shown, "verify": verified, "peak_rss_mib": peak_rss_mib()}))
+        shown |= {"learned": learned, "verify": verified}
+        print(json.dumps({"out": str(found.out), **shown, "peak_rss_mib": peak_rss_mib()}))

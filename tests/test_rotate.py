@@ -19,6 +19,7 @@ from calib.export.verify import answer
 from calib.model import apply_rewrites, call_model
 from calib.model.linears import find_rewrites
 from calib.model.residual import find_residual
+from calib.solvers import learn_turn
 from calib.transforms.residual import rotation
 from tests import families
 from tests.small import small_model
@@ -159,3 +160,71 @@ def test_the_command_and_a_stock_checkpoint_of_its_result(
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     assert cli.run(["rotate", turned, "--out", str(tmp_path)]) == 6
     assert "--overwrite" in capsys.readouterr().err
+
+
+def outlying(n: int, seed: int) -> Tensor:
+    """Rows of a few directions with large entries, which no Hadamard matrix knows of."""
+    draw = torch.Generator().manual_seed(seed)
+    directions = torch.randn(4, n, generator=draw)
+    rows = torch.randn(512, n, generator=draw)
+    return rows + 6 * torch.randn(512, 4, generator=draw) @ directions
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(4, 40), st.booleans(), st.integers(0, 9))
+def test_a_learned_turn_is_orthogonal_and_never_costs_more(width: int, keeps_mean: bool, seed: int) -> None:
+    rows = outlying(width, seed)
+    rows = rows - rows.mean(1, keepdim=True) if keeps_mean else rows
+    start = rotation(width, keeps_mean, torch.Generator().manual_seed(seed))
+    found = learn_turn(rows, torch.ones(512), start, 20, seed, keeps_mean=keeps_mean)
+    assert torch.allclose(found.turn @ found.turn.T, torch.eye(width, dtype=torch.float64), atol=1e-12)
+    ones = torch.ones(width, dtype=torch.float64)
+    assert torch.allclose(found.turn @ ones, ones, atol=1e-12) or not keeps_mean
+    assert found.after <= found.before
+
+
+def test_a_turn_learns_what_a_random_one_cannot_know() -> None:
+    rows, start = outlying(32, 0), rotation(32, False, torch.Generator().manual_seed(0))
+    found = learn_turn(rows, torch.ones(512), start, 100, keeps_mean=False)
+    assert found.after < 0.9 * found.before
+
+
+def test_rows_that_weigh_nothing_leave_the_start() -> None:
+    start = rotation(8, False, torch.Generator().manual_seed(0))
+    for rows, worth in ((torch.zeros(64, 8), torch.ones(64)), (torch.randn(64, 8), torch.zeros(64))):
+        assert torch.equal(learn_turn(rows, worth, start, 5, keeps_mean=False).turn, start)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+def test_a_learned_turn_answers_as_before_and_lowers_what_rounding_costs(family: str) -> None:
+    model: Any = families.build(family)
+    batch = families.batches(family)[0]
+    want = answer(model, batch)
+    found = calib.rotate(model, learn=40, data=families.batches(family), samples=8, seq_len=16, progress=False)
+    assert found.learned is not None and found.learned.after < found.learned.before and found.difference < 1e-5
+    assert torch.allclose(answer(model, batch), want, atol=1e-5 * float(want.amax() - want.amin()))
+
+
+def test_the_same_seed_learns_the_same_turn() -> None:
+    turns = [
+        calib.rotate(families.build("llama"), learn=3, data=families.batches("llama"), seq_len=16, progress=False)
+        for _ in range(2)
+    ]
+    first, second = (found.learned for found in turns)
+    assert first is not None and second is not None and torch.equal(first.turn, second.turn)
+
+
+def test_data_without_learning_are_refused() -> None:
+    with pytest.raises(InputError, match=r"reads no data.*--learn"):
+        calib.rotate(families.build("llama"), data=["text"], progress=False)
+
+
+def test_the_command_learns(tmp_path: Path, byte_tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    small = small_model(tmp_path, byte_tokenizer)
+    command = ["rotate", small["model"], "--out", str(tmp_path / "out"), "--learn", "5", "--data", small["train.txt"]]
+    assert cli.run([*command, "--samples", "4", "--seq-len", "32", "--json"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert any("of a random turn's" in line for line in shown)
+    learned = json.loads(shown[-1])["learned"]
+    assert 0 < learned["after"] <= learned["before"]
+    assert json.loads((tmp_path / "out" / "calib.json").read_text())["rotated"]["learned"] == learned

@@ -18,12 +18,14 @@ from calib.solvers.grid import bias_correction, rounded, weight_params
 from calib.solvers.objective import LinearObjective, quantize_input, quantize_weight
 from calib.solvers.os_plus import Search, midpoint, rank_coarse, scale_for, search_exhaustive, search_fast
 from calib.solvers.smoothquant import smoothing_scale
+from calib.solvers.turn import LearnedTurn, learn_turn
 
 __all__ = [
     "COMPENSATIONS",
     "TRUNCATIONS",
     "Bases",
     "InputStatistics",
+    "LearnedTurn",
     "LinearObjective",
     "Pairs",
     "Search",
@@ -34,6 +36,7 @@ __all__ = [
     "choose_ranks",
     "error_bases",
     "gptq",
+    "learn_turn",
     "loftq",
     "midpoint",
     "quantize_input",

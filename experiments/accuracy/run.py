@@ -41,13 +41,15 @@ SST2_MODEL = SHARED / "models/minilm-l6-sst2"
 
 @dataclass(frozen=True)
 class Arm:
-    """A method with its options; ``more``: an ablation, run with --all only; turned: of ``calib.rotate``'s model."""
+    """A method with its options; ``more``: an ablation, run with --all only; turned: of
+    ``calib.rotate``'s model, which learns for as many steps.
+    """
 
     name: str
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     more: bool = False
-    turned: bool = False
+    turned: int | None = None
 
 
 PLAIN: dict[str, Any] = {"prefix": "none", "sites": FOLDS}  # as published: folds only, no prefix
@@ -104,7 +106,8 @@ def arms(scheme: str, encoder: bool) -> list[Arm]:
     if not encoder:
         method = "os+" if scheme.startswith(("w8", "fp8")) else "os+,gptq"
         stock = Arm(f"{method}, stock", method, STOCK, more=True)
-        return [*found, stock, replace(stock, name=f"turned, {stock.name}", turned=True)]
+        turned = [("turned", 0), ("learned turn", 100)]
+        return [*found, stock, *(replace(stock, name=f"{how}, {stock.name}", turned=n) for how, n in turned)]
     found = [replace(arm, options=arm.options | TAPPED) if arm.options.get("sites") == FOLDS else arm for arm in found]
     return [EXACT if arm.name == "os+, fused" else arm for arm in found]
 
@@ -180,8 +183,9 @@ def cell(driver: Driver, scheme: str, arm: Arm, seed: int) -> dict[str, Any]:
     start = time.process_time()
     preset = "w4a16" if scheme == "w3a16" else scheme  # an affine grid of 3 bits: what the rivals have
     model: Any = driver.model
-    if arm.turned:
-        made = calib.rotate(model, seed=seed, progress=False)
+    if arm.turned is not None:
+        text = {"data": driver.data, "learn": arm.turned} if arm.turned else {}
+        made = calib.rotate(model, seed=seed, progress=False, **text)
         model, options["tokenizer"] = made.model, made.tokenizer
     result = calib.quantize(model, preset, arm.method, driver.data, scheme_options=formats, **options)
     cpu = time.process_time() - start
