@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib.errors import InputError, NumericsError
-from calib.nn import ActivationQuantizer, QuantLinear, kernels
+from calib.nn import ActivationQuantizer, QuantLinear, int4
 from calib.quantizers import (
     AffineSpec,
     AnyWeight,
@@ -430,6 +430,6 @@ def test_bf16_rows_on_the_int4_kernel_are_near_the_defining_arithmetic(spec: Any
     fake = linear.set_mode("fake")(x).float()
     packed = linear.set_mode("packed")(x).float()
     fits = not (isinstance(spec, LevelSpec) and spec.kind == "seq" and spec.levels == 16)  # odd integers up to 15
-    if not kernels._refused("int4", 7):
+    if not int4.refusal():
         assert linear.kernel.kernel_name == ("int4pack" if fits else "dequantize")
     assert float((packed - fake).norm() / fake.norm()) < 0.01

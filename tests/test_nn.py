@@ -18,7 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calib.errors import InputError
-from calib.nn import ActivationQuantizer, QuantLinear, best_block, block_hadamard, hadamard_matrix, kernels, together
+from calib.nn import (
+    ActivationQuantizer,
+    QuantLinear,
+    best_block,
+    block_hadamard,
+    hadamard_matrix,
+    int4,
+    kernels,
+    tiles,
+    together,
+)
 from calib.nn import codes as shared_codes
 from calib.quantizers import AffineSpec, fake_quantize, qparams, weight_range
 
@@ -276,7 +286,7 @@ def test_blocks_of_rows_and_tiles_of_weights_do_not_matter(inputs: str, monkeypa
         whole = module.set_mode("packed")(x)
         with monkeypatch.context() as patch:
             patch.setattr(shared_codes, "BLOCK", 100)
-            patch.setattr(kernels, "TILE", 1)
+            patch.setattr(tiles, "TILE", 1)
             assert torch.allclose(module.set_mode("packed")(x), whole, rtol=0, atol=5e-6 * float(whole.abs().max()))
             assert_packed_is_fake(module, x, 5e-6)
 
@@ -303,13 +313,13 @@ def test_half_precision_is_nearer_packed_than_the_rounding_of_fake(
 
 
 def test_bf16_groups_run_on_the_int4_kernel_for_few_rows() -> None:
-    if kernels._refused("int4", 7):
-        pytest.skip(kernels._refused("int4", 7))
+    if int4.refusal():
+        pytest.skip(int4.refusal())
     spec = AffineSpec(4, granularity="group", group_size=32)
     module = QuantLinear.from_float(torch.randn(48, 96), torch.randn(48), spec, ActivationQuantizer(None, 96))
     module = module.to(torch.bfloat16).set_mode("packed")
     assert module.kernel.kernel_name == "int4pack" and module.kernel.reason
-    for rows in (0, 1, 7, kernels.INT4_ROWS, kernels.INT4_ROWS + 1):
+    for rows in (0, 1, 7, int4.ROWS, int4.ROWS + 1):
         x = torch.randn(rows, 2, 96).bfloat16()
         want = F.linear(x.double(), module.dequantize().double(), module.bias.double())  # type: ignore[union-attr]
         assert rows == 0 or (module(x).double() - want).abs().amax() < 0.01 * want.abs().amax()

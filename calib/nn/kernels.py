@@ -13,27 +13,23 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from calib.nn import float8
+from calib.nn import float8, int4
 from calib.nn.codes import Codes, fingerprint, quantize_for
+from calib.nn.tiles import tiled, tiles
 from calib.nn.together import FEW, Finish, Product, Reader, read
-from calib.quantizers import AffineSpec, DualBinarySpec, LevelSpec
+from calib.quantizers import AffineSpec
 from calib.quantizers.product import LONGEST, PROBES, inexact, int_mm, int_mm_refusal
 
 if TYPE_CHECKING:
     from calib.nn.linear import QuantLinear
 
-Operator = Literal["qlinear", "int_mm", "int4"]
-
-TILE = 1 << 20  # weights decoded to float at a time: the tile stays in cache
-INT4_GROUPS = (32, 64, 128, 256)  # what torch's int4 kernel takes, with outputs in multiples of 16
-INT4_BLOCK = 64  # outputs that its packed layout keeps together
-INT4_ROWS = 64  # beyond, decoding the weight once costs less than decoding it for every row
+Operator = Literal["qlinear", "int_mm"]
 
 
 class Kernel(Protocol):
@@ -51,8 +47,8 @@ def select(module: QuantLinear, exact: bool = False) -> Kernel:
     if not reason:
         machine = "" if exact else _machine_refusal(module)
         return _integer(module, exact or bool(machine), machine)
-    if not exact and _fits_int4(module):
-        return _int4(module, reason)
+    if not exact and int4.fits(module):
+        return _named(int4.linear(module), "int4pack", reason)
     if not exact and float8.fits(module):
         return _named(float8.linear(module), "float8 scaled_mm")
     return _dequantize(module, reason)
@@ -70,15 +66,15 @@ def describe() -> dict[str, str]:
     def integer(bits: int, note: str) -> str:
         return f"exact: integers in float GEMM ({many[bits]})" if many[bits] else f"int8: onednn qlinear, {note}"
 
-    four = _refused("int4", 7)
-    int4 = fallback if four else f"bf16, up to {INT4_ROWS} rows: int4pack of ATen; otherwise {fallback}"
+    four = int4.refusal()
+    few = fallback if four else f"bf16, up to {int4.ROWS} rows: int4pack of ATen; otherwise {fallback}"
     return {
         "w8a8-static": integer(8, f"u8 activations, scales and bias {fused}{single}{joint}"),
         "w8a8": integer(8, f"u8 activations, scale per row afterwards{single}{joint}"),
         "w1..w7, integer activations": integer(7, "weights held as int8 (scales per channel or tensor)"),
         "fp8, fp8-static": f"{fallback} (on CUDA torch._scaled_mm)",
         "weights asymmetric, in groups or of two planes": f"{fallback} (the scale changes inside a sum)",
-        "w1..w4, float activations, symmetric groups or two planes, bf16 model": int4 + (f" ({four})" if four else ""),
+        "w1..w4, float activations, symmetric groups or two planes, bf16 model": few + (f" ({four})" if four else ""),
         "float activations otherwise": f"{fallback} (torch's int4 and int8 kernels round to bf16)",
     }
 
@@ -111,7 +107,7 @@ def _machine_refusal(module: QuantLinear) -> str:
 def _integer(module: QuantLinear, exact: bool, reason: str) -> Kernel:
     """Codes of x, exact sums of products, fp32 rescale; rows that leave a static range in float if asked."""
     quantizer, columns, out = module.input, module.in_features, module.out_features
-    float_rows = _tiled(module) if quantizer.watches_rows else None
+    float_rows = tiled(module) if quantizer.watches_rows else None
     reader = _Exact(module) if exact else _Integer(module)
 
     def multiply(x: Tensor) -> Tensor:
@@ -153,7 +149,7 @@ class _Exact(Reader):
             dtype = torch.float32 if largest * reach < 1 << 24 else torch.float64
             x = codes.to(dtype).sub_(zero_point)
             y = torch.empty(len(codes), len(scale), device=codes.device)
-            for rows in _tiles(module):
+            for rows in tiles(module):
                 y[:, rows] = (x @ _integers(module, rows).to(dtype).t()).float()
             y = y.mul_(x_scale).mul_(scale)
             return y if bias is None else y.add_(bias)
@@ -265,93 +261,15 @@ def _integers(module: QuantLinear, rows: slice | None = None) -> Tensor:
     return module.weight_spec.integers(module.codes(rows))
 
 
-def _fits_int4(module: QuantLinear) -> bool:
-    spec = module.weight_spec
-    if isinstance(spec, AffineSpec):
-        holds = spec.bits == 4 and spec.symmetric
-    elif isinstance(spec, LevelSpec):  # integers in -8..7
-        holds = spec.levels <= 8 or not spec.odd
-    else:
-        holds = isinstance(spec, DualBinarySpec)
-    return (
-        holds
-        and module.dtype == torch.bfloat16
-        and spec.group_size in INT4_GROUPS
-        and module.out_features % 16 == 0
-        and module.weight_scale.device.type == "cpu"
-        and not _refused("int4", 7)
-    )
-
-
-def _int4(module: QuantLinear, reason: str) -> Kernel:
-    """Few bf16 rows on ATen's int4 kernel (it rounds scales where 'fake' rounds weights), the rest tiled.
-
-    Two planes lie side by side there, and the input before each: one sum.
-    """
-    quantizer, out, columns, matmul = module.input, module.out_features, module.in_features, _tiled(module)
-    scale, group, planes = module.weight_scale.float(), module.weight_spec.group_size, 1
-    bias = None if module.bias is None else module.bias.to(torch.bfloat16)
-    assert group is not None
-    if isinstance(module.weight_spec, DualBinarySpec):
-        codes, planes = module.codes(), 2
-        codes, scale = torch.cat([codes & 1, (codes + 2) >> 1], dim=1), torch.cat([scale[..., 0], scale[..., 1]], dim=1)
-    else:
-        codes = _integers(module)
-    multiply = _int4_product(codes, scale.view(out, -1), group)
-
-    @torch.no_grad()
-    def run(x: Tensor) -> Tensor:
-        rows = quantizer(x).reshape(-1, columns)
-        if x.dtype != torch.bfloat16 or not 0 < len(rows) <= INT4_ROWS:
-            return matmul(rows).view(*x.shape[:-1], out)
-        y = multiply(rows if planes == 1 else rows.repeat(1, planes))
-        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], out)
-
-    return _named(run, "int4pack", reason)
-
-
-def _int4_product(codes: Tensor, scale: Tensor, group: int) -> Callable[[Tensor], Tensor]:
-    """bf16 x [M, in] -> x W^T, W of 4-bit codes [out, in] and scales [out, in/group]."""
-    packed = torch.empty(codes.shape[0], codes.shape[1] // 2, dtype=torch.uint8)
-    for i in range(0, len(codes), INT4_BLOCK):  # as int32 it is eight times what stays: the heap would keep the holes
-        rows = codes[i : i + INT4_BLOCK].int().add_(8)
-        packed[i : i + INT4_BLOCK] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(rows, 1)
-    pairs = torch.stack([scale.t(), torch.zeros_like(scale.t())], dim=-1).to(torch.bfloat16).contiguous()
-    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, pairs)
-
-
 def _dequantize(module: QuantLinear, reason: str) -> Kernel:
     """A float GEMM on fake-quantized input; no float copy of the weight outlives a tile."""
-    quantizer, out, columns, matmul = module.input, module.out_features, module.in_features, _tiled(module)
+    quantizer, out, columns, matmul = module.input, module.out_features, module.in_features, tiled(module)
 
     @torch.no_grad()
     def run(x: Tensor) -> Tensor:
         return matmul(quantizer(x).reshape(-1, columns)).view(*x.shape[:-1], out)
 
     return _named(run, "dequantize", reason)
-
-
-def _tiled(module: QuantLinear) -> Callable[[Tensor], Tensor]:
-    """x [M, in] -> x W^T + b in x's dtype, W decoded a tile of rows at a time; the module must outlive it."""
-    owner = weakref.ref(module)  # a cycle would keep dead models in memory
-
-    def matmul(x: Tensor) -> Tensor:
-        module = owner()
-        assert module is not None
-        y = x.new_empty(len(x), module.out_features)
-        for rows in _tiles(module):
-            y[:, rows] = x @ module.dequantize(rows).to(x.dtype).t()
-        return y if module.bias is None else y.add_(module.bias.to(x.dtype))
-
-    return matmul
-
-
-def _tiles(module: QuantLinear) -> Iterator[slice]:
-    """Rows of the weight to decode at a time: what stays in cache; on other devices all of them."""
-    out = module.out_features
-    step = out if module.weight_scale.device.type != "cpu" else max(16, TILE // max(module.in_features, 1))
-    for start in range(0, out, step):
-        yield slice(start, min(start + step, out))
 
 
 def _named(run: Callable[[Tensor], Tensor], name: str, reason: str = "") -> Kernel:
@@ -391,8 +309,6 @@ def _qlinear(
 @functools.cache
 def _refused(operator: Operator, limit: int, device: str = "cpu") -> str:
     """Why the operator cannot be trusted here with weights in [-limit, limit]; empty where it is exact."""
-    if operator == "int4":
-        return _int4_refusal()
     found = int_mm_refusal(limit, device) if operator == "int_mm" else inexact(_prepacked, limit, device, PROBES)
     return found and f"{operator} {found}"
 
@@ -414,17 +330,3 @@ def _prepacked(codes: Tensor, weight: Tensor) -> Tensor:
     return _qlinear(
         codes.view(torch.uint8).bitwise_xor(128), 1.0, 0, packed, torch.ones(n), torch.zeros(n, dtype=torch.int32), None
     )
-
-
-def _int4_refusal() -> str:
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-8, 8, (48, 128), dtype=torch.int8, generator=generator)
-    # Powers of two as scales and small integers as inputs: exact in bf16 up to the rounding of the result.
-    scale = 2.0 ** torch.randint(-3, 3, (48, 4), generator=generator)
-    x = torch.randint(-3, 4, (3, 128), generator=generator)
-    weight = (codes.unflatten(1, (4, 32)) * scale.unsqueeze(-1)).flatten(1)
-    try:
-        got, exact = _int4_product(codes, scale, 32)(x.to(torch.bfloat16)).float(), x.float() @ weight.t()
-    except (AttributeError, RuntimeError, NotImplementedError) as error:
-        return f"int4 does not run here: {' '.join(str(error).split())[:80]}"
-    return "" if torch.allclose(got, exact, rtol=1e-2) else "int4 is wrong on this cpu"
