@@ -196,8 +196,9 @@ class Results:
     """Cells by name and seed in a JSON file, written as they come; those that are there are not run again."""
 
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
-        self.file, self.settings = file, dict(settings)
-        self.cells: dict[str, dict[str, Figures]] = json.loads(file.read_text())["cells"] if file.is_file() else {}
+        before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        self.file, self.settings = file, {**before.get("settings", {}), **settings}
+        self.cells: dict[str, dict[str, Figures]] = before.get("cells", {})
 
     def run(self, name: str, seed: int, measure: Callable[[], Figures]) -> Figures:
         done = self.cells.setdefault(name, {})
