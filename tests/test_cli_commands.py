@@ -55,7 +55,7 @@ SUCCESS: dict[str, tuple[str, set[str]]] = {  # arguments, keys of the JSON obje
     ),
     "rotate": (
         "{model} --no-verify --out {tmp}/r",
-        {"out", "width", "norms", "writers", "readers", "heads", "difference", "verify", "peak_rss_mib"},
+        {"out", "width", "norms", "writers", "readers", "heads", "difference", "learned", "verify", "peak_rss_mib"},
     ),
     "info": (
         "",
