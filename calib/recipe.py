@@ -132,7 +132,8 @@ class Recipe(_Data):
     inputs: whether a block is calibrated on what the quantized blocks before it produce, or on float.
     keep: low_rank truncates the planned linears to this share of their parameters; max_size: to what makes the whole
     checkpoint this many bytes. select: which ranks, by gain per parameter over all layers (``global``, where the
-    variant can tell; ``first-order`` where training follows) or the same share of each. rank, factors: of the term that
+    variant can tell; ``first-order`` where training follows), the same share of each (``uniform``), or ``auto``: that
+    of the three which moves the model's answers least on some of the data. rank, factors: of the term that
     makes up for rounding, where nothing is truncated. steps, lr, new_bases: basel's, half of the steps for importances
     and half for factors.
     """

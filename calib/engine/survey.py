@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib.engine.trial import Frames, Ranks, distances
 from calib.methods import LowRank
 from calib.model import Batch, BlockInputs, HiddenList, Plan, Resident, Stack, capture, observing, positions, run_after
 from calib.observers import Moments
@@ -27,27 +28,38 @@ BACKWARD_TOKENS = 2048
 @dataclass
 class Survey:
     """Of every planned linear, by full name. energies: of its bases, falling; worth: of a unit of energy; fisher [in]:
-    E[(dL/dW)^2], averaged over rows. notes: what could not be found out."""
+    E[(dL/dW)^2], averaged over rows. trial: how far each way of choosing ranks moves the model's answers. notes: what
+    could not be found out."""
 
     energies: dict[str, Tensor] = field(default_factory=dict)
     worth: dict[str, float] = field(default_factory=dict)
     fisher: dict[str, Tensor] = field(default_factory=dict)
+    trial: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, for a safetensors file."""
-        worth = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.worth.items()}
-        parts: dict[str, Mapping[str, Tensor]] = {"energy": self.energies, "worth": worth, "fisher": self.fisher}
+        worth, trial = (
+            {name: torch.tensor(value, dtype=torch.float64) for name, value in each.items()}
+            for each in (self.worth, self.trial)
+        )
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "energy": self.energies,
+            "worth": worth,
+            "fisher": self.fisher,
+            "trial": trial,
+        }
         return {f"{part}:{name}": t.contiguous() for part, found in parts.items() for name, t in found.items()}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Survey:
         """What ``tensors`` gave."""
-        parts: dict[str, dict[str, Tensor]] = {"energy": {}, "worth": {}, "fisher": {}}
+        parts: dict[str, dict[str, Tensor]] = {"energy": {}, "worth": {}, "fisher": {}, "trial": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition(":")
             parts[part][name] = tensor
-        survey = cls(parts["energy"], {name: float(t) for name, t in parts["worth"].items()}, parts["fisher"])
+        worth, trial = ({name: float(t) for name, t in parts[part].items()} for part in ("worth", "trial"))
+        survey = cls(parts["energy"], worth, parts["fisher"], trial)
         survey.notes += _without_gradients(survey)
         return survey
 
@@ -60,9 +72,12 @@ def survey(
     store: Resident,
     hidden: Callable[[], HiddenList],
     seed: int,
+    ways: Callable[[Survey], Mapping[str, Ranks]] | None = None,
 ) -> Survey:
-    """hidden: makes an empty list of hidden states. Gradients are taken where the model is one stack of blocks."""
+    """hidden: makes an empty list of hidden states. ways: of choosing ranks, to be tried. Gradients are taken, and ways
+    tried, where the model is one stack of blocks."""
     found = Survey()
+    frames = Frames(hidden()) if ways is not None and len(plan.stacks) == 1 else None
     wanted = plan.quantized()
     kept = _few(batches)
     batches = batches if method.selects else batches[:kept]  # energies want all of the data, gradients some
@@ -77,7 +92,10 @@ def survey(
                 for path in [w for w in wanted if method.selects and w.startswith(name + ".")]:
                     weight = model.get_submodule(path).weight
                     assert isinstance(weight, Tensor)
-                    found.energies[path] = method.bases(weight, _statistics(taken[path])).energy
+                    basis = method.bases(weight, _statistics(taken[path]))
+                    found.energies[path] = basis.energy
+                    if frames is not None:
+                        frames.add(path, basis.up, weight.shape[1])
         if len(plan.stacks) == 1:
             generator = torch.Generator().manual_seed(seed)
             for j in range(kept):
@@ -87,9 +105,11 @@ def survey(
                 for i in reversed(range(len(stack.names))):
                     with store.hold(stack.names[i]):
                         gradient = _backward(model, stack.names[i], inputs, i, j, before[i][j], gradient, found, wanted)
-    tokens = sum(positions(batches[j]) for j in range(kept))
-    for path in found.worth:
-        found.worth[path] /= tokens * plan.entries[path].shape[0]
+            tokens = sum(positions(batches[j]) for j in range(kept))
+            for path in found.worth:
+                found.worth[path] /= tokens * plan.entries[path].shape[0]
+        if frames is not None and ways is not None and len(tried := ways(found)) > 1:
+            found.trial = distances(model, stack, batches[:kept], inputs, before[0], frames, tried, store)
     found.notes += _without_gradients(found)
     return found
 

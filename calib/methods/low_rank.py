@@ -23,9 +23,10 @@ from calib.solvers import (
     uniform_ranks,
 )
 
-# An exponent of 1 is right to first order, when little is lost or training follows. Errors compound: on validation text
-# of SmolLM2-135M, in nats, ranks by 1, 1.5 and 2 lose 2.88, 2.70 and 2.57 at keep 0.3 (even ranks 2.67), 1.37, 1.37 and
-# 1.40 at 0.5 (even 1.64), and as much as each other above.
+# An exponent of 1 is right to first order, when little is lost or training follows; errors compound, and 2 is better
+# where much is lost. On validation text of SmolLM2-135M, in nats, 1, 1.5 and 2 lose 2.88, 2.70 and 2.57 at keep 0.3
+# (even ranks 2.67), 1.37, 1.37 and 1.40 at 0.5 (even 1.64), and as much as each other above. Other text differs: hence
+# the trial.
 STRESS = 2.0
 
 
@@ -55,23 +56,30 @@ class LowRank:
             return svd_llm_bases(weight, statistics.gram)
         return bases(weight, statistics.metric(self.variant))
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Of choosing ranks. Where there are several, a trial on the model tells."""
+        if not self.selects:
+            return ("uniform",)
+        return ("global", "first-order", "uniform") if self.recipe.select == "auto" else (self.recipe.select,)
+
     def ranks(
         self,
+        way: str,
         shapes: Sequence[tuple[int, int]],
-        energies: Sequence[Tensor] | None,
+        energies: Sequence[Tensor],
         worth: Sequence[float] | None,
         budget: float,
     ) -> list[int | None]:
         """Of every layer (out, in), for a budget of parameters; None: it stays dense. Factors that are rounded in
-        groups get ranks of whole groups. energies: of the layers' bases, None: ranks are uniform; worth: of a unit of
+        groups get ranks of whole groups. energies: of the layers' bases, unless ranks are uniform; worth: of a unit of
         each layer's, None: one over what the layer has.
         """
-        if energies is None:
+        if way == "uniform":
             ranks = uniform_ranks(shapes, budget / sum(out * n for out, n in shapes))
         else:
             shares = worth or [1 / max(float(e.sum()), 1e-30) for e in energies]
-            stress = 1.0 if self.recipe.select == "first-order" else STRESS
-            ranks = choose_ranks(shapes, energies, shares, budget, stress=stress)
+            ranks = choose_ranks(shapes, energies, shares, budget, stress=1.0 if way == "first-order" else STRESS)
         spec = self.recipe.scheme.weights
         group = (spec.group_size or 1) if self.recipe.scheme.rounds else 1
         return [None if rank is None else max(group, rank // group * group) for rank in ranks]

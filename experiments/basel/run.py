@@ -154,16 +154,17 @@ ARMS = [
     Arm("fwsvd", method="low_rank:fwsvd"),
     Arm("asvd", method="low_rank:asvd"),
     Arm("svd-llm", method="low_rank:svd-llm"),
-    Arm("global"),
+    Arm("global", options={"select": "global"}),
+    Arm("tried"),  # global, first-order or even ranks: calib's default, by a trial on the calibration data
     Arm("basel", method="basel", trained=True),
     Arm("basel, published bases", method="basel:svd", trained=True),
     Arm("svd-llm + steps", method="low_rank:svd-llm", tuned=True),
-    Arm("global + steps", tuned=True),
+    Arm("global + steps", options={"select": "global"}, tuned=True),
     Arm("first-order + steps", options={"select": "first-order"}, tuned=True),
 ]
 SMALL = [  # bytes against bytes: bases in integers, and plain integers
-    Arm("w8a8 x global", "w8a8", "gptq,low_rank"),
-    Arm("w4a16 x global", "w4a16", "gptq,low_rank"),
+    Arm("w8a8 x global", "w8a8", "gptq,low_rank", {"select": "global"}),
+    Arm("w4a16 x global", "w4a16", "gptq,low_rank", {"select": "global"}),
 ]
 PLAIN = [Arm(f"{scheme}, gptq", scheme, "gptq") for scheme in ("w8a8", "w4a16", "w3a16")]
 
@@ -220,6 +221,7 @@ def grid(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]
             data = in_batches(windows(tokenizer, target, "train", args.samples, args.length), 4)
             result = shrunk(arm, model, data, keep, args.steps, args.lr, seed)
             model, size = result.model, size_of(result)
+            size["ranks"] = [note for note in result.plan.notes if note.startswith("ranks are chosen")]
             for module in model.modules():
                 if isinstance(module, calib.nn.QuantLinear):
                     module.set_mode("packed")
