@@ -134,7 +134,7 @@ class RecipeOptions:
     )
     select: Annotated[
         str,
-        Option(help="Ranks of low_rank: auto, global (over all layers), first-order (if tuned after), uniform."),
+        Option(help="Ranks of low_rank: global, first-order (if tuned), uniform; auto tries them."),
     ] = "auto"
     rank: Annotated[
         int | None, Option(min=1, help="Of what low_rank adds for rounding errors, where nothing is truncated; 16.")

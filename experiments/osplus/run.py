@@ -57,8 +57,10 @@ def scheme(setting: str) -> tuple[str, dict[str, Any]]:
     return "w8a8-static", options | ({"weight_granularity": "tensor"} if setting.endswith("*") else {})
 
 
-def table() -> None:
+def table(only: str) -> None:
     for setting in ("INT8*", "INT8", "INT6", "INT4"):
+        if only not in setting:
+            continue
         for seed in SEEDS:
             for name, how in RANGES.items():
                 cell(setting, name, seed, "rtn", how)
@@ -66,8 +68,10 @@ def table() -> None:
             cell(setting, "os+", seed, "os+", "mse", **EVERYWHERE)
 
 
-def ablation() -> None:
+def ablation(only: str) -> None:
     for setting in ("INT6", "INT4"):
+        if only not in setting:
+            continue
         for seed in SEEDS:
             os_plus = {
                 "os+, no shift": {"shift": False},
@@ -114,13 +118,14 @@ def cell(setting: str, arm: str, seed: int, method: str, input_range: str, **opt
     print(f"{key}: accuracy {judged.value:.4f}, logits MSE {found['cells'][key]['logits_mse']:.5f}", flush=True)
 
 
-def show() -> None:
+def show(only: str) -> None:
     found = stored(FILE)
     print(f"float: accuracy {found['float']['accuracy']:.4f}")
     print(f"{'':6s} {'':30s} {'accuracy, %':>16s} {'logits MSE':>21s}  paper, BERT-base")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for each in found["cells"].values():
-        groups.setdefault((each["setting"], each["arm"]), []).append(each)
+        if only in each["setting"]:
+            groups.setdefault((each["setting"], each["arm"]), []).append(each)
     for (setting, arm), same in sorted(groups.items(), key=lambda item: item[0][0] != "INT8*"):
         paper = PAPER.get((setting, arm), ABLATION.get(arm) if setting == "INT4" else None)
         cells = [spread([100 * c["accuracy"] for c in same], ".2f"), spread([c["logits_mse"] for c in same], ".4g")]
@@ -136,10 +141,11 @@ def spread(values: list[float], form: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("table", "ablation", "show"))
+    parser.add_argument("--only", default="", help="part of a setting's name: INT4")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    {"table": table, "ablation": ablation, "show": show}[args.what]()
+    {"table": table, "ablation": ablation, "show": show}[args.what](args.only)
 
 
 if __name__ == "__main__":
