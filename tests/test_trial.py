@@ -98,7 +98,7 @@ def test_auto_takes_what_moves_the_answers_least_and_says_so() -> None:
     found, notes = ranks("auto")
     (note,) = [note for note in notes if note.startswith("ranks are chosen")]
     way = note.split()[3].rstrip(":")
-    told = dict(part.split()[-2:] for part in note.partition("token: ")[2].rstrip(")").split(", "))
+    told = dict(part.split()[-2:] for part in note.partition("(")[2].rstrip(")").split(", "))
     assert float(told[way]) == min(map(float, told.values())) and len(told) > 1
     assert found == ranks(way)[0]
     for explicit in ("global", "first-order", "uniform"):

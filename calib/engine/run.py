@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calib.engine.block import BlockCalibration, BlockInput, packed
-from calib.engine.factors import LowRankWork, budget_of
+from calib.engine.factors import LowRankWork
 from calib.engine.hidden import HiddenStates
 from calib.engine.journal import Journal
 from calib.engine.memory import release_pages, reusing_pages
 from calib.engine.prefix import PrefixBuilder
 from calib.engine.survey import Survey, survey
+from calib.engine.truncation import Ways, truncation
 from calib.errors import InputError, NumericsError
 from calib.methods import LowRank, low_rank_of, resolve
 from calib.model import (
@@ -198,40 +199,20 @@ class Engine:
 
     def _truncation(self, method: LowRank) -> LowRankWork:
         """Every planned linear's rank, from one pass over the float model where the method needs to look."""
-        names = self.plan.quantized()
-        shapes = [self.plan.entries[name].shape for name in names]
-        budget = budget_of(self.model, self.plan, self.recipe)
 
-        def chosen(way: str, found: Survey) -> dict[str, int | None]:
-            energies = [found.energies[name] for name in names] if method.selects else []
-            worth = [found.worth[name] for name in names] if found.worth else None
-            return dict(zip(names, method.ranks(way, shapes, energies, worth, budget), strict=True))
+        def look(ways: Ways | None) -> Survey:
+            if self.journal is not None and (kept := self.journal.kept(SURVEY)) is not None:
+                return Survey.of(kept)
+            data = (self._share.batches, self.store, self._hidden, self.recipe.seed)
+            with self._timed("survey"), torch.no_grad():
+                found = survey(self.model, self.plan, method, *data, ways)
+            if self.journal is not None:
+                self.journal.keep(SURVEY, found.tensors())
+            return found
 
-        def several(found: Survey) -> dict[str, dict[str, int | None]]:
-            ways: dict[str, dict[str, int | None]] = {}
-            for way in method.ways:
-                if (ranks := chosen(way, found)) not in ways.values():
-                    ways[way] = ranks
-            return ways
-
-        found = Survey()
-        if method.selects or method.variant == "fwsvd":
-            kept = None if self.journal is None else self.journal.kept(SURVEY)
-            if kept is not None:
-                found = Survey.of(kept)
-            else:
-                ways = several if len(method.ways) > 1 else None
-                data = (self._share.batches, self.store, self._hidden, self.recipe.seed)
-                with self._timed("survey"), torch.no_grad():
-                    found = survey(self.model, self.plan, method, *data, ways)
-                if self.journal is not None:
-                    self.journal.keep(SURVEY, found.tensors())
-        self.outcome.notes += found.notes
-        way = min(found.trial, key=found.trial.__getitem__) if found.trial else method.ways[0]
-        if found.trial:
-            told = ", ".join(f"{name} {value:.4g}" for name, value in found.trial.items())
-            self.outcome.notes.append(f"ranks are chosen {way}: the answers move least (nats a token: {told})")
-        return LowRankWork(method, chosen(way, found), found.fisher)
+        work, notes = truncation(self.model, self.plan, method, look)
+        self.outcome.notes += notes
+        return work
 
     def _hidden(self) -> HiddenStates:
         return HiddenStates(self.budget, None if self.journal is None else self.journal.folder)
