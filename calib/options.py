@@ -52,7 +52,7 @@ def set_up(threads: int | None, quiet: bool = False) -> None:
 
 
 LEARNED = ("rounding", "clipping", "inputs", "scale", "shift")
-RANKS = ("auto", "global", "first-order", "uniform")
+RANKS = ("auto", "global", "uniform")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class RecipeOptions:
     )
     select: Annotated[
         str,
-        Option(help="Ranks of low_rank: global, first-order (if tuned), uniform; auto tries them."),
+        Option(help="Ranks of low_rank: global (over all layers), uniform; auto tries both and between."),
     ] = "auto"
     rank: Annotated[
         int | None, Option(min=1, help="Of what low_rank adds for rounding errors, where nothing is truncated; 16.")

@@ -132,8 +132,8 @@ class Recipe(_Data):
     inputs: whether a block is calibrated on what the quantized blocks before it produce, or on float.
     keep: low_rank truncates the planned linears to this share of their parameters; max_size: to what makes the whole
     checkpoint this many bytes. select: which ranks, by gain per parameter over all layers (``global``, where the
-    variant can tell; ``first-order`` where training follows), the same share of each (``uniform``), or ``auto``: that
-    of the three which moves the model's answers least on some of the data. rank, factors: of the term that
+    variant can tell), the same share of each (``uniform``), or between the two, where the model's answers move least on
+    some of the data (``auto``; where training follows, ``global``). rank, factors: of the term that
     makes up for rounding, where nothing is truncated. steps, lr, new_bases: basel's, half of the steps for importances
     and half for factors.
     """
@@ -158,7 +158,7 @@ class Recipe(_Data):
     damp: float = Field(0.01, ge=0)
     keep: float | None = Field(None, gt=0, le=1)
     max_size: int | None = Field(None, gt=0)
-    select: Literal["auto", "global", "first-order", "uniform"] = "auto"
+    select: Literal["auto", "global", "uniform"] = "auto"
     rank: int = Field(16, ge=1)
     factors: Literal["float", "int8"] = "float"
     steps: int = Field(300, ge=2)

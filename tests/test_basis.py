@@ -18,6 +18,7 @@ from calib.solvers import (
     bases,
     choose_ranks,
     error_bases,
+    evened,
     loftq,
     refit,
     svd_llm_bases,
@@ -144,8 +145,7 @@ def test_refit_reproduces_the_bases_on_its_own_inputs_and_beats_them_on_others(s
     assert error(c) <= error(b) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("stress", [1.0, 2.0])
-def test_ranks_are_the_best_under_the_budget(stress: float) -> None:
+def test_ranks_are_the_best_under_the_budget() -> None:
     """Against all choices, on layers small enough for that."""
     g = torch.Generator().manual_seed(0)
     shapes = [(6, 6), (4, 9), (8, 3)]
@@ -154,14 +154,12 @@ def test_ranks_are_the_best_under_the_budget(stress: float) -> None:
     options = []  # rank, cost, kept energy
     for (out, n), energy, weight in zip(shapes, energies, weights, strict=True):
         total = float(energy.sum())
-        kept = [
-            (weight * total) ** stress * math.log(float(energy[:r].sum()) / total) for r in range(1, len(energy) + 1)
-        ]
+        kept = [weight * total * math.log(float(energy[:r].sum()) / total) for r in range(1, len(energy) + 1)]
         low = [(r, r * (out + n), kept[r - 1]) for r in range(1, len(energy) + 1)]
         dense = (None, out * n, 0.0)
         options.append([option for option in low if option[1] < out * n] + [dense])
     for budget in range(40, 97, 4):
-        ranks = choose_ranks(shapes, energies, weights, budget, stress=stress)
+        ranks = choose_ranks(shapes, energies, weights, budget)
         chosen = [next(o for o in layer if o[0] == r) for layer, r in zip(options, ranks, strict=True)]
         spent, got = sum(o[1] for o in chosen), sum(o[2] for o in chosen)
         assert spent <= budget
@@ -171,6 +169,23 @@ def test_ranks_are_the_best_under_the_budget(stress: float) -> None:
     assert choose_ranks(shapes, energies, weights, sum(o * n for o, n in shapes)) == [None] * 3
     with pytest.raises(InputError, match="one basis a layer"):
         choose_ranks(shapes, energies, weights, 20)
+
+
+@given(st.integers(0, 999), st.floats(0.2, 0.95), st.floats(0, 1))
+def test_evened_ranks_lie_between_and_cost_no_more(seed: int, keep: float, even: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(int(o), int(n)) for o, n in torch.randint(16, 90, (5, 2), generator=g).tolist()]
+    energies = [torch.rand(min(s), generator=g).sort(descending=True).values for s in shapes]
+    budget = keep * sum(o * n for o, n in shapes)
+    chosen = choose_ranks(shapes, energies, [1.0] * 5, budget)
+    flat = uniform_ranks(shapes, keep)
+    found = evened(shapes, chosen, keep, even)
+    assert sum(o * n if r is None else r * (o + n) for r, (o, n) in zip(found, shapes, strict=True)) <= budget + 1e-6
+    assert evened(shapes, chosen, keep, 0.0) == chosen and evened(shapes, chosen, keep, 1.0) == flat
+    for (o, n), a, b, r in zip(shapes, chosen, flat, found, strict=True):
+        whole = o * n / (o + n)
+        low, high = sorted(whole if x is None else float(x) for x in (a, b))
+        assert int(low) <= (whole if r is None else r) <= high + 1e-9
 
 
 def test_uniform_ranks_keep_their_share() -> None:

@@ -96,10 +96,11 @@ def test_auto_takes_what_moves_the_answers_least_and_says_so() -> None:
         return {name: entry.rank for name, entry in result.plan.entries.items()}, result.plan.notes
 
     found, notes = ranks("auto")
-    (note,) = [note for note in notes if note.startswith("ranks are chosen")]
-    way = note.split()[3].rstrip(":")
-    told = dict(part.split()[-2:] for part in note.partition("(")[2].rstrip(")").split(", "))
-    assert float(told[way]) == min(map(float, told.values())) and len(told) > 1
-    assert found == ranks(way)[0]
-    for explicit in ("global", "first-order", "uniform"):
-        assert not any(note.startswith("ranks are chosen") for note in ranks(explicit)[1])
+    (note,) = [note for note in notes if note.startswith("ranks are")]
+    best, told = note.split()[2], note.partition("(")[2].rstrip(")").split(", ")
+    values = {way: float(value) for way, value in (part.split(": ") for part in told)}
+    assert values[best] == min(values.values()) and values.keys() == {"0.0", "0.5", "0.75", "1.0"}
+    for select, way in (("global", "0.0"), ("uniform", "1.0")):
+        explicit, notes = ranks(select)
+        assert (explicit == found) == (way == best)
+        assert not any(note.startswith("ranks are") for note in notes)

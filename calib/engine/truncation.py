@@ -24,23 +24,24 @@ def truncation(
     shapes = [plan.entries[name].shape for name in names]
     budget = budget_of(model, plan, method.recipe)
 
-    def chosen(way: str, found: Survey) -> dict[str, int | None]:
+    def chosen(even: float, found: Survey) -> dict[str, int | None]:
         energies = [found.energies[name] for name in names] if method.selects else []
         worth = [found.worth[name] for name in names] if found.worth else None
-        return dict(zip(names, method.ranks(way, shapes, energies, worth, budget), strict=True))
+        return dict(zip(names, method.ranks(even, shapes, energies, worth, budget), strict=True))
 
     def several(found: Survey) -> Mapping[str, Ranks]:
         ways: dict[str, dict[str, int | None]] = {}
-        for way in method.ways:
-            if (ranks := chosen(way, found)) not in ways.values():
-                ways[way] = ranks
+        for even in method.ways:
+            if (ranks := chosen(even, found)) not in ways.values():
+                ways[str(even)] = ranks
         return ways
 
     looks = method.selects or method.variant == "fwsvd"
     found = look(several if len(method.ways) > 1 else None) if looks else Survey()
-    way, notes = method.ways[0], list(found.notes)
+    even, notes = method.ways[0], list(found.notes)
     if found.trial:
-        way = min(found.trial, key=found.trial.__getitem__)
-        told = ", ".join(f"{name} {value:.4g}" for name, value in found.trial.items())
-        notes.append(f"ranks are chosen {way}: the answers move least ({told})")
-    return LowRankWork(method, chosen(way, found), found.fisher), notes
+        best = min(found.trial, key=found.trial.__getitem__)
+        told = ", ".join(f"{way}: {value:.4g}" for way, value in found.trial.items())
+        notes.append(f"ranks are {best} of the way from global to even: answers move least ({told})")
+        even = float(best)
+    return LowRankWork(method, chosen(even, found), found.fisher), notes

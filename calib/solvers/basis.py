@@ -109,22 +109,33 @@ def uniform_ranks(shapes: Sequence[tuple[int, int]], keep: float) -> list[int | 
     return [max(1, int(keep * out * n / (out + n))) for out, n in shapes]
 
 
+def evened(
+    shapes: Sequence[tuple[int, int]], ranks: Sequence[int | None], keep: float, even: float
+) -> list[int | None]:
+    """Ranks that lie the share ``even`` of the way from ``ranks`` to `uniform_ranks`, of layers (out, in) that keep as
+    much of their parameters either way; they cost no more."""
+    found: list[int | None] = []
+    for (out, n), chosen, flat in zip(shapes, ranks, uniform_ranks(shapes, keep), strict=True):
+        dense = out * n / (out + n)  # factors of this rank cost as much
+        rank = (1 - even) * (dense if chosen is None else chosen) + even * (dense if flat is None else flat)
+        found.append(None if rank >= dense else max(1, int(rank)))
+    return found
+
+
 def choose_ranks(
     shapes: Sequence[tuple[int, int]],
     energies: Sequence[Tensor],
     worth: Sequence[float],
     budget: float,
     lost: Sequence[float] | None = None,
-    stress: float = 1.0,
 ) -> list[int | None]:
     """Ranks of all layers under one ``budget`` of parameters, by gain per parameter; None: the layer stays dense.
 
     shapes: (out, in); energies: of each layer's bases, falling; worth: of a unit of a layer's energy, while little of
-    it is lost; a layer that keeps the share q of its energy e is charged (worth * e)^stress * -log q: without bound as
-    q falls, so that none is ruined, and with stress > 1 more than its part where much is at stake. A rank costs
-    out + in, a dense layer out * in, the most it can cost. On each layer's upper concave hull of (cost, value) the
-    steps of steepest gain are bought first: the optimum, but for the last step. lost: energy of bases that a layer had
-    and that are gone.
+    it is lost; a layer that keeps the share q of its energy is charged -log q times all that it is worth: without bound
+    as q falls, so that none is ruined. A rank costs out + in, a dense layer out * in, the most it can cost. On each
+    layer's upper concave hull of (cost, value) the steps of steepest gain are bought first: the optimum, but for the
+    last step. lost: energy of bases that a layer had and that are gone.
     """
     ranks: list[int | None] = [1 if out * n > out + n else None for out, n in shapes]
     left = budget - sum(out * n if r is None else r * (out + n) for r, (out, n) in zip(ranks, shapes, strict=True))
@@ -134,7 +145,7 @@ def choose_ranks(
     for layer, start in enumerate(ranks):
         if start is not None:
             gone = 0.0 if lost is None else lost[layer]
-            hull = _hull(*shapes[layer], energies[layer], worth[layer], gone, stress)
+            hull = _hull(*shapes[layer], energies[layer], worth[layer], gone)
             steps += [(gain, layer, rank, cost) for gain, rank, cost in hull if gain > 0]
     stopped: set[int] = set()
     for _, layer, rank, cost in sorted(steps, key=lambda step: -step[0]):
@@ -147,15 +158,13 @@ def choose_ranks(
     return ranks
 
 
-def _hull(
-    out: int, n: int, energy: Tensor, worth: float, lost: float, stress: float
-) -> list[tuple[float, int | None, int]]:
+def _hull(out: int, n: int, energy: Tensor, worth: float, lost: float) -> list[tuple[float, int | None, int]]:
     """Steps (gain per parameter, rank or None for dense, cost) from rank 1 to dense, of falling slope."""
     each, whole, left = out + n, out * n, energy.double().sum()
     total = (left + lost).clamp(min=1e-30)
     most = min((whole - 1) // each, len(energy))
     share = torch.cat([energy[:most].double().cumsum(0), left[None]]) / total
-    kept = ((worth * total) ** stress * share.clamp(1e-30, 1).log()).tolist()
+    kept = (worth * total * share.clamp(1e-30, 1).log()).tolist()
     costs = [each * rank for rank in range(1, most + 1)] + [whole]
     corners = [0]
     for i in range(1, len(costs)):

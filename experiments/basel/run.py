@@ -1,7 +1,7 @@
 """Low-rank bases measured: which to keep, on whose data, at what cost; Basel against truncation with equal fine-tuning.
 
     python -m experiments.basel.run layers      # per layer: predicted loss, whitening, domains, compensation
-    python -m experiments.basel.run selection   # loss of the whole model, ranks global or uniform, at each ratio
+    python -m experiments.basel.run selection   # loss of the whole model, ranks from global to even, at each ratio
     python -m experiments.basel.run cost        # the training-free selection through calib.quantize, timed
     python -m experiments.basel.run tiny        # Basel against SVD-LLM + the same steps, on stories260k, 3 seeds
     python -m experiments.basel.run grid        # all arms, ratios and targets on smollm2-135m: hours
@@ -29,14 +29,14 @@ import transformers
 
 import calib
 from calib.methods.basel import finetune
-from calib.methods.low_rank import STRESS
+from calib.methods.low_rank import EVEN
 from calib.model import Batch, call_model
 from calib.nn import LowRankLinear, changed_linears
 from calib.solvers import (
     Bases,
     bases,
     choose_ranks,
-    uniform_ranks,
+    evened,
 )
 from calib.tuning import Tuning
 from experiments.basel.layers import layers
@@ -56,7 +56,7 @@ from model_zoo.sources import load_model
 
 
 def selection(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]]:
-    """All layers truncated at once, with statistics of the float model."""
+    """All layers truncated at once, with statistics of the float model; ranks from chosen across layers to even."""
     model, tokenizer = smollm2()
     linears = block_linears(model)
     shapes = [(m.out_features, m.in_features) for m in linears.values()]
@@ -83,14 +83,10 @@ def selection(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figu
             )
         return ready[0], ready[1]
 
-    def measure(ratio: float, select: str) -> Figures:
+    def measure(ratio: float, even: float) -> Figures:
         found, worth = prepare()
         energies = [found[name].energy for name in linears]
-        ranks = (
-            uniform_ranks(shapes, ratio)
-            if select == "uniform"
-            else choose_ranks(shapes, energies, worth, ratio * whole, stress=STRESS)
-        )
+        ranks = evened(shapes, choose_ranks(shapes, energies, worth, ratio * whole), ratio, even)
         for (name, linear), rank in zip(linears.items(), ranks, strict=True):
             if rank is not None:
                 b, a = found[name].factors(rank)
@@ -102,8 +98,8 @@ def selection(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figu
         return {"loss": loss, "kept": kept / whole, "dense": sum(rank is None for rank in ranks)}
 
     yield "float", lambda: {"loss": loss_on(model, test)}
-    for ratio, select in itertools.product(RATIOS, ("uniform", "global")):
-        yield f"{ratio} {select}", lambda r=ratio, s=select: measure(r, s)  # type: ignore[misc]
+    for ratio, even in itertools.product(RATIOS, EVEN):
+        yield f"{ratio} even {even}", lambda r=ratio, e=even: measure(r, e)  # type: ignore[misc]
 
 
 def cost(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]]:
@@ -148,23 +144,20 @@ class Arm:
     trained: bool = False
 
 
-UNIFORM = {"select": "uniform"}
 ARMS = [
     Arm("svd", method="low_rank:svd"),
     Arm("fwsvd", method="low_rank:fwsvd"),
     Arm("asvd", method="low_rank:asvd"),
     Arm("svd-llm", method="low_rank:svd-llm"),
-    Arm("global", options={"select": "global"}),
-    Arm("tried"),  # global, first-order or even ranks: calib's default, by a trial on the calibration data
+    Arm("tried"),  # calib's default: ranks from global to even, by a trial on the calibration data
     Arm("basel", method="basel", trained=True),
     Arm("basel, published bases", method="basel:svd", trained=True),
     Arm("svd-llm + steps", method="low_rank:svd-llm", tuned=True),
     Arm("global + steps", options={"select": "global"}, tuned=True),
-    Arm("first-order + steps", options={"select": "first-order"}, tuned=True),
 ]
 SMALL = [  # bytes against bytes: bases in integers, and plain integers
-    Arm("w8a8 x global", "w8a8", "gptq,low_rank", {"select": "global"}),
-    Arm("w4a16 x global", "w4a16", "gptq,low_rank", {"select": "global"}),
+    Arm("w8a8 x tried", "w8a8", "gptq,low_rank"),
+    Arm("w4a16 x tried", "w4a16", "gptq,low_rank"),
 ]
 PLAIN = [Arm(f"{scheme}, gptq", scheme, "gptq") for scheme in ("w8a8", "w4a16", "w3a16")]
 
@@ -221,7 +214,7 @@ def grid(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]
             data = in_batches(windows(tokenizer, target, "train", args.samples, args.length), 4)
             result = shrunk(arm, model, data, keep, args.steps, args.lr, seed)
             model, size = result.model, size_of(result)
-            size["ranks"] = [note for note in result.plan.notes if note.startswith("ranks are chosen")]
+            size["ranks"] = [note for note in result.plan.notes if note.startswith("ranks are")]
             for module in model.modules():
                 if isinstance(module, calib.nn.QuantLinear):
                     module.set_mode("packed")
@@ -263,7 +256,7 @@ def exact(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]
 
     yield "float", lambda: run(None)
     for keep in (0.9, 0.7):
-        yield f"{keep} global", lambda k=keep: run(k)  # type: ignore[misc]
+        yield f"{keep} tried", lambda k=keep: run(k)  # type: ignore[misc]
 
 
 def table() -> None:
@@ -295,7 +288,7 @@ def figure() -> None:
         arms: dict[str, list[tuple[float, float]]] = {}
         for name, row in json.loads(file.read_text()).items():
             if "kept" in row:
-                arms.setdefault(f"ranks {name.partition(' ')[2]}", []).append((row["kept"], row["loss"]))
+                arms.setdefault(name.partition(" ")[2], []).append((row["kept"], row["loss"]))
         panels["WikiText-2, no training"] = ("share of parameters kept", arms)
     if (file := HERE / "results-grid.json").is_file():
         for name, row in json.loads(file.read_text()).items():
