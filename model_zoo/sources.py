@@ -139,12 +139,26 @@ def load_model(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """`load_network`'s model and its tokenizer, None when it comes without one."""
+    found = model if isinstance(model, ResolvedModel) else resolve(model, progress=progress)
+    network = load_network(found, task, dtype, trust_remote_code=trust_remote_code, progress=progress)
+    with _quiet(progress), _one_line(found):
+        return network, load_tokenizer(found, trust_remote_code)
+
+
+def load_network(
+    model: str | os.PathLike[str] | ResolvedModel,
+    task: Task = "auto",
+    dtype: torch.dtype = torch.float32,
+    *,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> PreTrainedModel:
     """Load `model` in `dtype`, in eval mode, with the class its ``config.architectures`` names (or `task`
     asks for).
 
-    The tokenizer is None when the model comes without one. Weights are read from safetensors or GGUF, never
-    from pickle. Raises ModelError for a model that is damaged, incomplete (weights that would be drawn at
-    random) or of an unknown architecture, InputError for an unknown name.
+    Weights are read from safetensors or GGUF, never from pickle. Raises ModelError for a model that is damaged,
+    incomplete (weights that would be drawn at random) or of an unknown architecture, InputError for an unknown name.
     """
     from transformers import AutoConfig
 
@@ -169,7 +183,6 @@ def load_model(
             ignore_mismatched_sizes=True,  # refused below, by name
             **options,
         )
-        tokenizer = load_tokenizer(found, trust_remote_code)
     # A pooler that the checkpoint never had is harmless: nothing here reads it.
     drawn = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if drawn or info["mismatched_keys"]:
@@ -178,7 +191,8 @@ def load_model(
             f"{found.name} lacks {names[0]} and {len(names) - 1} more of {type(network).__name__}",
             "choose the task the checkpoint was trained for",
         )
-    return network.eval(), tokenizer
+    evaluated: PreTrainedModel = network.eval()
+    return evaluated
 
 
 def _known() -> str:

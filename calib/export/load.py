@@ -38,10 +38,9 @@ def load(
     decoder; a packed checkpoint of --kv-bits 8 does so anyway. Raises ModelError, one line that names file and tensor,
     for what is missing, truncated, unknown or too new.
     """
-    return load_pair(path, mode, dtype, kv_cache=kv_cache, progress=progress)[0]
+    return _load(path, mode, dtype, kv_cache, progress, tokenizer=False)[0]
 
 
-@one_at_a_time
 def load_pair(
     path: str | Path,
     mode: Literal["packed", "fake"] = "packed",
@@ -51,7 +50,15 @@ def load_pair(
     progress: bool = False,
 ) -> tuple[nn.Module, Any]:
     """`load`'s model and its tokenizer (None where the folder has none)."""
-    from model_zoo.sources import load_model
+    return _load(path, mode, dtype, kv_cache, progress, tokenizer=True)
+
+
+@one_at_a_time
+def _load(
+    path: str | Path, mode: str, dtype: torch.dtype | None, kv_cache: str | None, progress: bool, *, tokenizer: bool
+) -> tuple[nn.Module, Any]:
+    """tokenizer: read, too; it takes some 40 MiB of which most is garbage at once."""
+    from model_zoo.sources import load_model, load_network
 
     if mode not in ("packed", "fake"):
         raise InputError(f"unknown mode {mode!r}", "use packed or fake")
@@ -62,10 +69,11 @@ def load_pair(
         if (config.get("quantization_config") or {}).get("quant_method") == compressed_load.METHOD:
             model = compressed_load.load_integer(Path(path), config, dtype)
             if model is not None:
-                return _ready(model, mode, kv_cache), load_tokenizer(path)
+                return _ready(model, mode, kv_cache), load_tokenizer(path) if tokenizer else None
+    given: Any = {"dtype": "auto" if dtype is None else dtype, "progress": progress}
     with known_config(path):
-        model, tokenizer = load_model(str(path), dtype="auto" if dtype is None else dtype, progress=progress)  # type: ignore[arg-type]
-    return _ready(model, mode, kv_cache), tokenizer
+        network, words = load_model(str(path), **given) if tokenizer else (load_network(str(path), **given), None)
+    return _ready(network, mode, kv_cache), words
 
 
 def _ready(model: nn.Module, mode: str, kv_cache: str | None) -> nn.Module:

@@ -59,7 +59,7 @@ def describe() -> dict[str, str]:
     many = {bits: _refused("qlinear", limit) for bits, limit in ((8, 127), (7, 63))}
     one = _refused("int_mm", 127)
     single = "" if one else "; single rows: torch._int_mm"
-    joint = "" if many[8] else f"; layers of one input run as one: single rows, and up to {FEW} of small layers"
+    joint = "" if many[8] else f"; up to {FEW} rows of small layers of one input run as one"
     fused = "fused" if not many[8] and _fuses() else "afterwards"
     fallback = "dequantize: float weight by tiles, then float GEMM"
 
@@ -167,24 +167,15 @@ class _Integer(Reader):
         weight = _integers(module).contiguous()
         self.cpu = weight.device.type == "cpu"
         # A single row is memory-bound and wants plain codes: at 8 bits the checkpoint has them for nothing.
-        self.single = self.cpu and module.weight is weight and module.in_features > 1 and not _refused("int_mm", 127)
-        self.kind = (self.cpu, self.single, module.bias is None)
-        self.operator = _Operator([module], weight, keep=self.single or not self.cpu)
-        self.product, self.finish = self.operator, _finish(module)
+        single = self.cpu and module.weight is weight and module.in_features > 1 and not _refused("int_mm", 127)
+        self.kind = (self.cpu, module.bias is None)
+        self.product, self.finish = _Operator([module], weight, keep=single or not self.cpu), _finish(module)
 
     def joined(self, others: Sequence[_Integer]) -> Product:
-        """All outputs side by side. Plain codes move together, and each layer goes on with its part of them."""
-        readers = [self, *others]
-        modules = [module for each in readers if (module := each.owner()) is not None]
-        with torch.inference_mode(False), torch.no_grad():  # buffers outlive the mode of this call
-            weight = torch.cat([_integers(module) for module in modules])
-            operator = _Operator(modules, weight, keep=self.single)
-            parts = weight.split([each.shape[0] for each in readers])
-            for module, reader, part in zip(modules, readers, parts, strict=True):
-                if self.single:
-                    module.weight = reader.operator.plain = part
-                    reader.operator.packed = None  # made again if many rows come
-        return operator
+        """All outputs side by side."""
+        modules = [module for each in [self, *others] if (module := each.owner()) is not None]
+        with torch.inference_mode(False), torch.no_grad():  # what is kept outlives the mode of this call
+            return _Operator(modules, torch.cat([_integers(module) for module in modules]), keep=not self.cpu)
 
 
 class _Operator:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from calib.nn.codes import Codes, Quantize
 MOST = 8  # followers of one layer
 PATIENCE = 32  # calls in which a layer looks for its first follower; looking costs some microseconds
 FEW = 64  # rows: beyond, the product takes so long that starting it once for all saves nothing
+FEW_VALUES = 1 << 13  # of an input
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 SMALL = 1 << 20  # weights of all layers: the same, and they are held packed once more
 
 Product = Callable[[Codes], Tensor]  # codes of x [M, in] -> fp32 [M, out]
@@ -31,8 +34,7 @@ class Reader:
     """A layer as the taker of an input; it stays alone where its class has no ``joined``.
 
     key: fingerprint of its quantizer; quantize: rows to codes; shape: out, in; finish: what follows the product.
-    kind: what layers need in common to be joined. single: whether one row runs on the checkpoint's own codes, which
-    joined layers hold together, not twice.
+    kind: what layers need in common to be joined.
     """
 
     key: bytes
@@ -41,7 +43,6 @@ class Reader:
     finish: Finish | None
     shape: tuple[int, int]
     kind: tuple[object, ...] = ()
-    single = False
     joined: Callable[[Sequence[Any]], Product] | None = None
 
     def __init__(self) -> None:
@@ -62,7 +63,7 @@ class Reader:
         if joint is None or joint.followers is not followers:
             joint = self._joint = self._of(followers)
         rows = codes.rows
-        if self.joined is None or (rows > joint.few and not (rows == 1 and joint.single)):
+        if self.joined is None or not 1 < rows <= joint.few:
             return self.product(codes), {}
         others = [reader for each in joint.others if (reader := each()) is not None]
         if len(others) < len(joint.others):  # one has been packed anew
@@ -78,8 +79,7 @@ class Reader:
             with _joining:  # layers may be joined by two threads, or into two groups
                 joint.product = joint.product or self.joined(others)
         y = joint.product(codes)
-        # contiguous, as of layers that run alone
-        own, *rest = y.split(joint.widths, 1) if rows == 1 else _split(y, joint.widths, 1)
+        own, *rest = _split(y, joint.widths, 1)  # contiguous, as of layers that run alone
         results = self._left = dict(zip(others, rest, strict=True))  # another thread may set its own meanwhile
         return own, results
 
@@ -88,7 +88,7 @@ class Reader:
         alike = [(each, reader) for each, reader in alive if reader.kind == self.kind]
         widths = [self.shape[0], *(reader.shape[0] for _, reader in alike)]
         few = FEW if alike and sum(widths) * self.shape[1] <= SMALL else 0
-        return _Joint(followers, [each for each, _ in alike], widths, few, self.single and bool(alike))
+        return _Joint(followers, [each for each, _ in alike], widths, few)
 
 
 _joining = threading.Lock()
@@ -97,13 +97,12 @@ _split = torch.ops.aten.split_with_sizes_copy.default
 
 @dataclass(slots=True)
 class _Joint:
-    """A reader and those of its followers that run with it: up to ``few`` rows, or also a single one."""
+    """A reader and those of its followers that run with it, for up to ``few`` rows."""
 
     followers: list[weakref.ref[Reader]]
     others: list[weakref.ref[Reader]]
     widths: list[int]
     few: int
-    single: bool
     product: Product | None = None
 
 
@@ -126,7 +125,15 @@ class _Kept:
         """Whether x is what it was."""
         if self.version is not None:
             return self.version == x._version
-        return self.copy is not None and torch.equal(self.copy, x)
+        return self.copy is not None and _equal(self.copy, x)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit. Beyond a few rows torch's own answer takes five times as long as numpy's."""
+    if a.numel() < FEW_VALUES or a.device.type != "cpu":
+        return torch.equal(a, b)
+    word = WORDS[a.element_size()]
+    return np.array_equal(a.view(word).numpy(), b.view(word).numpy())
 
 
 _last = threading.local()
