@@ -29,7 +29,7 @@ class Codes:
 
     @property
     def rows(self) -> int:
-        return len(self._codes)
+        return self._codes.shape[0]  # torch's len() is Python and costs more than some operators
 
     @property
     def signed(self) -> Tensor:
@@ -74,7 +74,7 @@ def quantize_for(quantizer: ActivationQuantizer) -> Quantize:
     offset = None if spec.symmetric else zero_point.float()
 
     def few(x: Tensor) -> Codes:
-        if len(x) > step or x.dtype == torch.float64:
+        if x.shape[0] > step or x.dtype == torch.float64:
             return quantized(quantizer, x)
         t = x
         if shift is not None:

@@ -47,6 +47,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.followers: list[weakref.ref[Reader]] = []
+        self.leader: weakref.ref[Reader] | None = None
         self.patience = PATIENCE
         self._joint: _Joint | None = None
         self._left: dict[Reader, Tensor] = {}  # of the last joint product
@@ -55,6 +56,7 @@ class Reader:
     def followed_by(self, other: Reader) -> None:
         if other is not self and len(self.followers) < MOST and all(each() is not other for each in self.followers):
             self.followers = [*self.followers, weakref.ref(other)]
+            other.leader = weakref.ref(self)
 
     def compute(self, codes: Codes) -> tuple[Tensor, dict[Reader, Tensor]]:
         """The product, and what followers will ask for."""
@@ -149,7 +151,8 @@ def read(reader: Reader, x: Tensor) -> tuple[Codes, Tensor]:
         if kept.still(x):
             y = kept.results.pop(reader, None)
             if y is None:
-                kept.reader.followed_by(reader)
+                if reader.leader is None or reader.leader() is not kept.reader:
+                    kept.reader.followed_by(reader)
                 y = reader.product(kept.codes)
             return kept.codes, y if reader.finish is None else reader.finish(kept.codes, y)
         if kept.version is None and kept.copy is None:
