@@ -183,8 +183,7 @@ class _Operator:
 
     def __init__(self, modules: Sequence[QuantLinear], weight: Tensor, keep: bool) -> None:
         """keep: the weight int8 [out, in] as it is, for int_mm; packed for qlinear when rows first ask for it."""
-        self.plain, self.cpu = weight if keep else None, weight.device.type == "cpu"
-        self.across = weight.t() if keep else None
+        self.across, self.cpu = weight.t() if keep else None, weight.device.type == "cpu"
         self.x_scale, self.zero_point = _scalars(modules[0])
         self.scale, self.bias = _scales(modules), _static_bias(modules)
         self.moved = weight.sum(dim=1, dtype=torch.int32) * self.zero_point if keep and self.zero_point else None
@@ -194,14 +193,15 @@ class _Operator:
         self.packed = None if keep else torch.ops.onednn.qlinear_prepack(weight, None)
 
     def __call__(self, codes: Codes) -> Tensor:
-        plain, bias = self.plain, self.bias
-        if plain is not None and (not self.cpu or codes.rows == 1):
-            total = torch._int_mm(codes.signed, self.across) if self.cpu else int_mm(codes.signed, plain)
+        across, bias = self.across, self.bias
+        if across is not None and (not self.cpu or codes.rows == 1):
+            total = torch._int_mm(codes.signed, across) if self.cpu else int_mm(codes.signed, across.t())
             y = torch.mul(total if self.moved is None else total.sub_(self.moved), self.step).mul_(self.scale)
             return y if bias is None else y.add_(bias)
-        packed = self.packed  # once: a thread that joins layers takes it away
+        packed = self.packed
         if packed is None:
-            packed = self.packed = torch.ops.onednn.qlinear_prepack(plain, None)
+            assert across is not None
+            packed = self.packed = torch.ops.onednn.qlinear_prepack(across.t(), None)
         if self.ones is None:
             return _qlinear(codes.unsigned, self.x_scale, self.zero_point, packed, self.scale, self.no_zero, bias)
         y = _qlinear(codes.unsigned, 1.0, self.zero_point, packed, self.ones, self.no_zero, None)
