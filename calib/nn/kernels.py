@@ -167,9 +167,9 @@ class _Integer(Reader):
         weight = _integers(module).contiguous()
         self.cpu = weight.device.type == "cpu"
         # A single row is memory-bound and wants plain codes: at 8 bits the checkpoint has them for nothing.
-        single = self.cpu and module.weight is weight and module.in_features > 1 and not _refused("int_mm", 127)
-        self.kind = (self.cpu, module.bias is None)
-        self.product, self.finish = _Operator([module], weight, keep=single or not self.cpu), _finish(module)
+        self.single = self.cpu and module.weight is weight and module.in_features > 1 and not _refused("int_mm", 127)
+        self.kind = (self.cpu, self.single, module.bias is None)
+        self.product, self.finish = _Operator([module], weight, keep=self.single or not self.cpu), _finish(module)
 
     def joined(self, others: Sequence[_Integer]) -> Product:
         """All outputs side by side."""

@@ -34,7 +34,7 @@ class Reader:
     """A layer as the taker of an input; it stays alone where its class has no ``joined``.
 
     key: fingerprint of its quantizer; quantize: rows to codes; shape: out, in; finish: what follows the product.
-    kind: what layers need in common to be joined.
+    kind: what layers need in common to be joined. single: whether one row runs best alone, on the checkpoint's codes.
     """
 
     key: bytes
@@ -43,6 +43,7 @@ class Reader:
     finish: Finish | None
     shape: tuple[int, int]
     kind: tuple[object, ...] = ()
+    single = False
     joined: Callable[[Sequence[Any]], Product] | None = None
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class Reader:
         if joint is None or joint.followers is not followers:
             joint = self._joint = self._of(followers)
         rows = codes.rows
-        if self.joined is None or not 1 < rows <= joint.few:
+        if self.joined is None or rows > joint.few or (rows == 1 and self.single):
             return self.product(codes), {}
         others = [reader for each in joint.others if (reader := each()) is not None]
         if len(others) < len(joint.others):  # one has been packed anew
