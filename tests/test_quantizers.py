@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -48,6 +48,7 @@ def sample(seed: int, rows: int, columns: int) -> Tensor:
 
 
 @few
+@example(AffineSpec(8, False, "group", 8), 268, 2, 1)  # bf16 rounds the second group's scale down by 0.3 %
 @given(specs(), st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 5))
 def test_every_path_gives_the_same_bits_inside_the_grid(spec: AffineSpec, seed: int, rows: int, groups: int) -> None:
     x = sample(seed, rows, 8 * groups)

@@ -143,7 +143,11 @@ def qparams(lo: Tensor, hi: Tensor, spec: AffineSpec) -> tuple[Tensor, Tensor]:
     if spec.symmetric:
         scale = _stored(torch.maximum(-lo, hi).div_(spec.qmax), spec)
         return scale, torch.zeros_like(scale, dtype=torch.int32)
-    scale = _stored((hi - lo).div_(spec.qmax - spec.qmin), spec)
+    steps = spec.qmax - spec.qmin
+    scale = _stored((hi - lo).div_(steps), spec)
+    if spec.scale_dtype == torch.bfloat16:  # at 8 bits, rounded down, it may miss up to 1.4 steps of the range
+        above = scale.bfloat16().view(torch.int16).add_(1).view(torch.bfloat16).float()
+        scale = torch.where(hi - lo > scale * (steps + 0.5), above, scale)
     zero_point = torch.div(lo, scale).round_().neg_().add_(spec.qmin).clamp_(spec.qmin, spec.qmax)
     return scale, zero_point.nan_to_num_(0.0).to(torch.int32)
 
