@@ -31,6 +31,7 @@ from calib.quantizers import AffineSpec, AnyWeight, bits_per_weight
 from calib.recipe import Scheme
 from calib.tune import latent_weights
 from calib.tuning import Training, TuneRecipe, Tuning, next_token_loss, objective, tune
+from experiments.machine import processor
 from model_zoo.sources import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,22 +194,31 @@ def bits_of(model: torch.nn.Module) -> float:
 
 
 class Results:
-    """Cells by name and seed in a JSON file, written as they come; those that are there are not run again."""
+    """Cells by name and seed in a JSON file, written as they come; those that are there are not run again.
+
+    The file is read anew around every cell, so that several runs may fill one table.
+    """
 
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
-        before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-        self.file, self.settings = file, {**before.get("settings", {}), **settings}
-        self.cells: dict[str, dict[str, Figures]] = before.get("cells", {})
+        self.file, self.settings = file, dict(settings)
+        self.cells: dict[str, dict[str, Figures]] = {}
+        self.read()
+
+    def read(self) -> None:
+        before: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.settings, self.cells = {**before.get("settings", {}), **self.settings}, before.get("cells", {})
 
     def run(self, name: str, seed: int, measure: Callable[[], Figures]) -> Figures:
-        done = self.cells.setdefault(name, {})
-        if str(seed) not in done:
+        self.read()
+        if str(seed) not in self.cells.get(name, {}):
             start = time.process_time()
             figures = measure()
-            done[str(seed)] = {"cpu_seconds": round(time.process_time() - start, 1), **figures}
+            found = {"cpu_seconds": round(time.process_time() - start, 1), "processor": processor(), **figures}
+            self.read()
+            self.cells.setdefault(name, {})[str(seed)] = found
             self.save()
-            print(name, f"seed {seed}", json.dumps(done[str(seed)]), flush=True)
-        return done[str(seed)]
+            print(name, f"seed {seed}", json.dumps(found), flush=True)
+        return self.cells[name][str(seed)]
 
     def save(self) -> None:
         versions = {each.__name__: each.__version__ for each in (torch, transformers, calib)}

@@ -6,6 +6,10 @@ import copy
 import gc
 import itertools
 import pickle
+import platform
+import resource
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -99,6 +103,30 @@ def assert_packed_is_fake(module: QuantLinear, x: Tensor, tolerance: float = 2e-
         textbook = F.linear(module.input(x).double(), module.dequantize().double(), bias)
         bound = tolerance * max(float(textbook.abs().amax()), float((x.float().norm(dim=-1)).amax()))
         assert float((packed.double() - textbook).abs().amax()) <= bound
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 33, 65, 128])
+@pytest.mark.parametrize("shape", [(30, 4), (64, 64), (100, 576), (48, 1536)])
+def test_packed_is_fake_whichever_operator_serves_the_shape(rows: int, shape: tuple[int, int]) -> None:
+    """oneDNN has kernels for AMX and others, and picks by shape: they multiply by the scales in different order."""
+    module = linear(*shape, AffineSpec(8), STATIC)
+    assert_packed_is_fake(module, torch.randn(rows, shape[1]))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")
+def test_a_loaded_model_reuses_the_pages_of_its_activations() -> None:
+    code = """
+import resource, torch
+from calib.engine.memory import keep_pages
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(4 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(keep_pages(), faults())
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(said.split()[1]) < 2 * (4 << 20) / resource.getpagesize()  # once and no more, of twenty times
 
 
 # Hadamard
@@ -563,7 +591,7 @@ def test_describe_names_a_kernel_for_every_format() -> None:
 def test_a_machine_that_saturates_falls_back_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without VNNI pairs of products clamp to int16: the probe has to see it; weights to 63 stay exact."""
 
-    def saturating(octets: Tensor, x_scale: float, zero: int, packed: Tensor, scale: Tensor, *rest: object) -> Tensor:
+    def saturating(octets: Tensor, zero: int, packed: Tensor, scale: Tensor, *rest: object) -> Tensor:
         u = octets.long().unsqueeze(1) * packed.long().unsqueeze(0)
         u = F.pad(u, (0, u.shape[-1] % 2)).unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
         return (u.sum(-1) - 128 * packed.long().sum(-1)).float()

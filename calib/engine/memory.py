@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 from collections.abc import Iterator, Sequence
 
+import torch
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 KEEP = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 16 << 20))
 # where glibc's own adaptation ends up: set once, thresholds no longer adapt
@@ -24,6 +26,14 @@ def reusing_pages() -> Iterator[bool]:
         if kept:
             _set(USUAL)
             release_pages()
+
+
+def keep_pages() -> None:
+    """Let malloc keep up to 64 MiB of what forwards free, which otherwise faults in anew every time: half of a packed
+    model's prefill. That is where glibc's own adaptation ends up once a block of 32 MiB has been freed, as conversions
+    do while a float model loads. One that nobody touches costs nothing.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def _set(options: Sequence[tuple[int, int]]) -> bool:

@@ -26,6 +26,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from calib.engine.memory import keep_pages
 from calib.errors import ModelError
 from calib.nn import (
     AttentionFormat,
@@ -42,7 +43,7 @@ from calib.nn.kv_cache import INT8
 from calib.quantizers import AffineSpec
 
 METHOD = "calib"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 2: integer sums were rescaled by two factors, one after the other
 MODE_VARIABLE = "CALIB_MODE"  # 'packed' (default) or 'fake': what from_pretrained leaves the linears in
 
 
@@ -227,6 +228,7 @@ class CalibHfQuantizer(HfQuantizer):
         if mode not in ("packed", "fake"):
             raise ModelError(f"{MODE_VARIABLE}={mode} is not a mode", "set it to packed or fake")
         set_mode(model, mode)
+        keep_pages()
         prefix = getattr(model, "calib_prefix", None)
         if isinstance(prefix, Prefix):
             prefix.install(model)

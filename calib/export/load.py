@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from calib.engine.memory import keep_pages
 from calib.errors import InputError, ModelError
 from calib.export import compressed_load, hf
 from calib.files import check_files
@@ -77,6 +78,7 @@ def _load(
 
 
 def _ready(model: nn.Module, mode: str, kv_cache: str | None) -> nn.Module:
+    keep_pages()
     hf.set_mode(model, mode)
     if kv_cache is not None:
         return use_int8_cache(model)

@@ -1,9 +1,10 @@
 """What runs: the one place that chooses a kernel for a QuantLinear on this machine.
 
 Where every product is one of integers, the layer is *defined* on them: the codes' products are summed exactly,
-then rounded in fp32 in one order, y = ((sum of (code - zero_point) w) x_scale) w_scale + bias. Mode 'fake'
+then rescaled by one fp32 factor an output, y = (sum of (code - zero_point) w) (x_scale w_scale) + bias. Mode 'fake'
 computes that in float GEMMs that cannot round ('exact'), mode 'packed' in int8 operators; both give the same
-bits, so a low-bit network, which amplifies the last bit into other codes, answers the same in both.
+bits, so a low-bit network, which amplifies the last bit into other codes, answers the same in both. (One factor, for
+of two oneDNN's kernels multiply either first: those for AMX the scales, the others the sum.)
 Operators have private names in torch and not every machine runs them right (without VNNI int8 products
 saturate): each is probed once, with the extremes of its codes, against exact integers, and for that order. Kernels
 record no gradients.
@@ -139,9 +140,8 @@ class _Exact(Reader):
         self.shape, owner, spec = (module.out_features, module.in_features), weakref.ref(module), module.input.spec
         assert spec is not None
         largest = int(_integers(module).abs().sum(dim=1, dtype=torch.int64).amax())  # of |sum| a unit of activation
-        x_scale, zero_point = _scalars(module)
-        reach, scale = max(spec.qmax - zero_point, zero_point - spec.qmin), _scales([module])
-        bias = _static_bias([module])
+        zero_point, scale, bias = _zero_point(module), _scales([module]), _static_bias([module])
+        reach = max(spec.qmax - zero_point, zero_point - spec.qmin)
 
         def multiply(given: Codes) -> Tensor:
             module, codes = owner(), given.signed
@@ -151,7 +151,7 @@ class _Exact(Reader):
             y = torch.empty(len(codes), len(scale), device=codes.device)
             for rows in tiles(module):
                 y[:, rows] = (x @ _integers(module, rows).to(dtype).t()).float()
-            y = y.mul_(x_scale).mul_(scale)
+            y.mul_(scale)
             return y if bias is None else y.add_(bias)
 
         self.product, self.finish = multiply, _finish(module)
@@ -184,11 +184,9 @@ class _Operator:
     def __init__(self, modules: Sequence[QuantLinear], weight: Tensor, keep: bool) -> None:
         """keep: the weight int8 [out, in] as it is, for int_mm; packed for qlinear when rows first ask for it."""
         self.across, self.cpu = weight.t() if keep else None, weight.device.type == "cpu"
-        self.x_scale, self.zero_point = _scalars(modules[0])
-        self.scale, self.bias = _scales(modules), _static_bias(modules)
+        self.zero_point, self.scale, self.bias = _zero_point(modules[0]), _scales(modules), _static_bias(modules)
         self.moved = weight.sum(dim=1, dtype=torch.int32) * self.zero_point if keep and self.zero_point else None
-        self.step = torch.full((1,), self.x_scale, device=weight.device)  # a number is wrapped anew for every call
-        self.ones = None if self.x_scale == 1 or not self.cpu or _fuses() else torch.ones_like(self.scale)
+        self.ones = None if not self.cpu or _fuses() else torch.ones_like(self.scale)
         self.no_zero = torch.zeros_like(self.scale, dtype=torch.int32)
         self.packed = None if keep else torch.ops.onednn.qlinear_prepack(weight, None)
 
@@ -196,16 +194,15 @@ class _Operator:
         across, bias = self.across, self.bias
         if across is not None and (not self.cpu or codes.rows == 1):
             total = torch._int_mm(codes.signed, across) if self.cpu else int_mm(codes.signed, across.t())
-            y = torch.mul(total if self.moved is None else total.sub_(self.moved), self.step).mul_(self.scale)
+            y = torch.mul(total if self.moved is None else total.sub_(self.moved), self.scale)
             return y if bias is None else y.add_(bias)
         packed = self.packed
         if packed is None:
             assert across is not None
             packed = self.packed = torch.ops.onednn.qlinear_prepack(across.t(), None)
         if self.ones is None:
-            return _qlinear(codes.unsigned, self.x_scale, self.zero_point, packed, self.scale, self.no_zero, bias)
-        y = _qlinear(codes.unsigned, 1.0, self.zero_point, packed, self.ones, self.no_zero, None)
-        y.mul_(self.step).mul_(self.scale)
+            return _qlinear(codes.unsigned, self.zero_point, packed, self.scale, self.no_zero, bias)
+        y = _qlinear(codes.unsigned, self.zero_point, packed, self.ones, self.no_zero, None).mul_(self.scale)
         return y if bias is None else y.add_(bias)
 
 
@@ -238,14 +235,15 @@ def _finish(module: QuantLinear) -> Finish | None:
 
 
 def _scales(modules: Sequence[QuantLinear]) -> Tensor:
-    """Of all outputs, fp32."""
-    return torch.cat([module.weight_scale.reshape(-1).float().expand(module.out_features) for module in modules])
+    """Of all outputs, fp32: the weight's, times a static input's; a dynamic one's come with the codes."""
+    scales = [module.weight_scale.reshape(-1).float().expand(module.out_features) for module in modules]
+    x_scale = modules[0].input.scale
+    return torch.cat(scales) if x_scale is None else torch.cat(scales).mul_(x_scale)
 
 
-def _scalars(module: QuantLinear) -> tuple[float, int]:
-    """Scale and zero point of a static grid; those of a dynamic one come with the codes."""
-    scale, zero_point = module.input.scale, module.input.zero_point
-    return (1.0, 0) if scale is None or zero_point is None else (float(scale), int(zero_point))
+def _zero_point(module: QuantLinear) -> int:
+    """Of a static grid; those of a dynamic one come with the codes."""
+    return 0 if module.input.zero_point is None else int(module.input.zero_point)
 
 
 def _integers(module: QuantLinear, rows: slice | None = None) -> Tensor:
@@ -271,19 +269,18 @@ def _named(run: Callable[[Tensor], Tensor], name: str, reason: str = "") -> Kern
 
 def _qlinear(
     octets: Tensor,
-    x_scale: float,
     zero_point: int,
     packed: Tensor,
     scale: Tensor,
     no_zero: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """(codes - zero_point) x_scale times the prepacked weight, + bias, in fp32; octets: uint8, code + 128, for oneDNN
+    """(codes - zero_point) times the prepacked weight, rescaled, + bias, in fp32; octets: uint8, code + 128, for oneDNN
     is fast on unsigned activations only.
     """
     return torch.ops.onednn.qlinear_pointwise.default(
         octets,
-        x_scale,
+        1.0,
         zero_point + 128,
         packed,
         scale,
@@ -307,18 +304,22 @@ def _refused(operator: Operator, limit: int, device: str = "cpu") -> str:
 
 @functools.cache
 def _fuses() -> bool:
-    """Whether oneDNN rescales in the order that defines the result: without VNNI it multiplies both scales first."""
-    weight, codes = torch.arange(-60, 60, dtype=torch.int8).view(30, 4), torch.arange(-64, 64, dtype=torch.int8)
-    scale, bias, x_scale = torch.linspace(0.01, 0.07, 30), torch.linspace(-3, 3, 30), 0.0371
-    octets, packed = codes.view(torch.uint8).bitwise_xor(128), torch.ops.onednn.qlinear_prepack(weight, None)
-    given = _qlinear(octets.view(32, 4), x_scale, 17, packed, scale, torch.zeros(30, dtype=torch.int32), bias)
-    total = (codes.view(32, 4).float() - 17) @ weight.float().t()
-    return torch.equal(given, total.mul_(torch.tensor(x_scale)).mul_(scale).add_(bias))
+    """Whether oneDNN rescales and adds the bias as the result is defined, each rounded, in all kernels it has."""
+    generator = torch.Generator().manual_seed(0)
+    for m, k, n in [(32, 4, 30), *PROBES]:
+        codes = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator)
+        weight = torch.randint(-60, 61, (n, k), dtype=torch.int8, generator=generator)
+        scale, bias = torch.linspace(0.0004, 0.0026, n), torch.linspace(-3, 3, n)
+        octets, packed = codes.view(torch.uint8).bitwise_xor(128), torch.ops.onednn.qlinear_prepack(weight, None)
+        given = _qlinear(octets, 17, packed, scale, torch.zeros(n, dtype=torch.int32), bias)
+        if not torch.equal(given, ((codes.float() - 17) @ weight.float().t()).mul_(scale).add_(bias)):
+            return False
+    return True
 
 
 def _prepacked(codes: Tensor, weight: Tensor) -> Tensor:
     """oneDNN's sums of int8 codes [m, k] and weight [n, k], in fp32."""
     packed, n = torch.ops.onednn.qlinear_prepack(weight, None), len(weight)
     return _qlinear(
-        codes.view(torch.uint8).bitwise_xor(128), 1.0, 0, packed, torch.ones(n), torch.zeros(n, dtype=torch.int32), None
+        codes.view(torch.uint8).bitwise_xor(128), 0, packed, torch.ones(n), torch.zeros(n, dtype=torch.int32), None
     )

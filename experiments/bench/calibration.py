@@ -22,7 +22,7 @@ import torch
 
 import calib
 from calib.data import calibration_data
-from experiments.bench.kernels import machine
+from experiments.machine import machine
 from model_zoo.sources import load_model
 
 DATA = Path("../shared/data/wikitext-2/valid.txt")

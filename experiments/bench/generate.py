@@ -32,7 +32,7 @@ from calib.evaluate.generation import continuations
 from calib.export.hf import set_mode
 from calib.export.load import load_pair
 from calib.nn import QuantLinear
-from experiments.bench.kernels import machine
+from experiments.machine import machine
 from model_zoo.sources import load_model
 
 PREFILLS, DECODED, ROUNDS = (128, 512), 24, 4

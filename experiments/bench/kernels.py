@@ -1,6 +1,6 @@
 """How fast packed linears run here (input quantization, GEMM, rescale, bias) against float linears.
 
-    python experiments/bench/kernels.py [--threads N] [--out experiments/bench/kernels.json]
+    python -m experiments.bench.kernels [--threads N] [--out experiments/bench/kernels.json]
 
 Every cell times all kernels in turn, round after round, and keeps the best of each, so that the ratios
 compare like with like even on a machine that others use. Weights are random: time does not depend on them.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calib.nn import ActivationQuantizer, QuantLinear, kernels
+from calib.nn import ActivationQuantizer, QuantLinear
 from calib.quantizers import AffineSpec, qparams
+from experiments.machine import machine
 
 SHAPES = [(576, 1536), (768, 3072), (4096, 4096)]  # outputs x inputs
 ROWS = [1, 8, 128, 512]
 CELL_SECONDS, ROUNDS = 2.0, 200  # whichever is reached first, at least three rounds
 STATIC = AffineSpec(8, symmetric=False, granularity="tensor")
 TOKEN = AffineSpec(8, symmetric=False, granularity="token", dynamic=True)
-FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 
 
 def packed(weight: Tensor, bias: Tensor, spec: AffineSpec, inputs: AffineSpec | None, affine: bool) -> QuantLinear:
@@ -71,25 +70,6 @@ def cell(runs: dict[str, Callable[[Tensor], Tensor]], x: Tensor) -> dict[str, fl
             run(inputs[name])
             best[name] = min(best[name], (time.perf_counter() - start) * 1e3)
     return best
-
-
-def machine() -> dict[str, Any]:
-    name, flags = platform.processor() or platform.machine(), []
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        fields = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
-        first = {key.strip(): value.strip() for key, value in reversed(fields)}
-        name = first.get("model name", name)
-        have = set(first.get("flags", first.get("Features", "")).split())
-        flags = [flag for flag in FLAGS if flag in have]
-    return {
-        "cpu": name,
-        "instructions": flags,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "kernels": kernels.describe(),
-    }
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 import calib
-from experiments.bench.kernels import machine
+from experiments.machine import machine
 
 MIB = 2**20
 WIDTH, LAYERS, VOCABULARY, SLACK = 4096, 8, 4096, 200

@@ -34,7 +34,7 @@ from calib.model import make_plan, observing
 from calib.observers import Moments, Quantile, Range, RowSample
 from calib.observers.quantile import ENOUGH
 from calib.recipe import SCHEMES, Recipe
-from experiments.bench.kernels import machine
+from experiments.machine import machine
 
 SHAPES = [(2048, 576), (4096, 1536), (2048, 4096)]  # tokens x channels
 COLD = 96 << 20  # bytes of distinct inputs a cell rotates through

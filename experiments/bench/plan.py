@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import calib
-from experiments.bench.kernels import machine
 from experiments.bench.memory import MIB, child
+from experiments.machine import machine
 
 MODELS = ["../shared/models/stories260k", "minilm-l6", "smollm2-135m"]
 DATA = "../shared/data/wikitext-2/valid.txt"

@@ -42,7 +42,7 @@ from calib.export.load import load_pair
 from calib.export.onnx import traced
 from calib.nn import Replay, kernels
 from experiments.bench.generate import narrowed
-from experiments.bench.kernels import machine
+from experiments.machine import machine
 
 Batch = dict[str, torch.Tensor]
 Runner = Callable[[Batch], np.ndarray]

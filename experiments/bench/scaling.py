@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from experiments.bench.kernels import machine
+from experiments.machine import machine
 
 STAGES = ("capture", "probe", "observe", "solve", "fold", "weights", "propagate", "write")
 

@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import functools
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from calib.quantizers import AffineSpec, qparams
 from calib.recipe import Recipe
 from calib.solvers import LinearObjective, Search, search_exhaustive, search_fast
 from calib.solvers.os_plus import fast_grid
+from experiments.machine import machine
 
 TOKENS, CANDIDATES = 2048, 100
 SHAPES = [(768, 3072), (4096, 4096)]  # outputs x inputs
@@ -246,23 +246,6 @@ def reference_report() -> list[dict[str, Any]]:
             f" reference {cpu:.0f} s, {ratio:.3f}"
         )
     return reference
-
-
-def machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    fields = (
-        [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line] if cpuinfo.exists() else []
-    )
-    names = {key.strip(): value.strip() for key, value in fields}
-    return {
-        "platform": platform.platform(),
-        "cpu": names.get("model name", platform.machine()),
-        "family": names.get("cpu family", ""),
-        "vnni": "avx512_vnni" in names.get("flags", "") or "avx_vnni" in names.get("flags", ""),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def main() -> None:
