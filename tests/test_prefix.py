@@ -44,8 +44,10 @@ def test_generate_starts_after_the_prefix(family: str) -> None:
     kwargs = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     whole = torch.cat([head, ids], 1)
     want = plain.generate(whole, attention_mask=torch.ones_like(whole), **kwargs)[:, 7:]
-    got = primed(family, [7]).generate(ids, attention_mask=torch.ones_like(ids), **kwargs)[:, 6:]
-    assert torch.equal(got, want)
+    model = primed(family, [7])
+    for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        got = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs, **options)[:, 6:]
+        assert torch.equal(got, want)
 
 
 def test_generate_with_left_padding() -> None:
@@ -55,7 +57,8 @@ def test_generate_with_left_padding() -> None:
     want = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)[:, 6:]
     padded = torch.cat([torch.zeros(1, 4, dtype=ids.dtype), ids], 1)
     mask = torch.cat([torch.zeros(1, 4, dtype=ids.dtype), torch.ones_like(ids)], 1)
-    assert torch.equal(model.generate(padded, attention_mask=mask, **kwargs)[:, 10:], want)
+    for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        assert torch.equal(model.generate(padded, attention_mask=mask, **kwargs, **options)[:, 10:], want)
 
 
 def with_sink(family: str) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
@@ -118,8 +121,8 @@ def test_padding_changes_nothing() -> None:
     coarse = calib.quantize(build("bert"), "w4a4", "rtn", [short], progress=False)
     assert float((a - b).norm()) < 0.05 * float((a - logits(coarse.model, short)).norm())
     for name, site in alone.report["sites"].items():  # thresholds that cost the same may change places
-        for key in ("identity_loss", "loss"):
-            assert site[key] == pytest.approx(padded.report["sites"][name][key], rel=0.02), (name, key)
+        for key, rel in (("identity_loss", 0.02), ("loss", 0.1)):
+            assert site[key] == pytest.approx(padded.report["sites"][name][key], rel=rel), (name, key)
 
 
 def test_float_inputs_and_batch_order() -> None:

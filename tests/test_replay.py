@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
 
 import calib
-from calib.nn import QuantLinear, Replay
+from calib.nn import Prefix, QuantLinear, Replay, use_int8_cache
 from calib.nn import replay as module
 from tests.families import FAMILIES, batches, build
 
@@ -198,3 +199,67 @@ def test_threads_share_a_replay_and_copies_begin_anew(monkeypatch: pytest.Monkey
     with torch.no_grad():
         replay(**sentence(11))
     assert len(records(replay)) == 2
+
+
+def texts(rows: int, padding: int = 0) -> dict[str, Tensor]:
+    """A batch of prompts, the last padded on the left."""
+    return {key: each.flip(-1) for key, each in sentence(9, rows, padding).items()}
+
+
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 9}
+
+
+@pytest.mark.parametrize("scheme", ["none", "w8a8-static", "w4a16"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen3", "phi3"])
+def test_a_decoder_generates_what_it_does_with_a_cache_of_fixed_length(family: str, scheme: str) -> None:
+    model = build(family) if scheme == "none" else packed(family, scheme)
+    replay = Replay(model)
+    for rows, padding in ((1, 0), (3, 4)):
+        batch = texts(rows, padding)
+        want = model.generate(**batch, **GREEDY, cache_implementation="static", disable_compile=True)
+        for turn in range(3):
+            calls = Calls(model.get_submodule("lm_head"))
+            assert torch.equal(replay.generate(**batch, **GREEDY), want)
+            assert turn == 0 or calls.count == 1, "the prompt is run, its steps are repeated"
+    assert records(replay) == [True] * 2
+    assert "forward" not in vars(model)
+
+
+def test_a_step_fills_the_cache_as_the_model_does() -> None:
+    model = packed("llama", "w8a8-static")
+    replay, ids = Replay(model), sentence(12)["input_ids"]
+    with torch.no_grad():
+        caches = [StaticCache(model.config, max_cache_len=16) for _ in range(2)]
+        for cache in caches:
+            model(ids[:, :4], past_key_values=cache)
+        for at in range(4, 12):
+            step = {"input_ids": ids[:, at : at + 1], "position_ids": torch.tensor([[at]])}
+            step["attention_mask"] = (torch.arange(16) <= at).view(1, 1, 1, 16)
+            want = model(**step, past_key_values=caches[0])
+            got = replay(**step, past_key_values=caches[1])
+            assert torch.equal(got.logits, want.logits) and got.past_key_values is caches[1]
+            for a, b in zip(module._state(caches[0]), module._state(caches[1]), strict=True):
+                assert torch.equal(a, b)
+    assert records(replay) == [True]
+
+
+def test_a_model_behind_a_prefix_generates_from_it() -> None:
+    model = build("llama")
+    cache, batch = DynamicCache(), texts(2, 3)
+    with torch.no_grad():
+        model(torch.tensor([[7, 9]]), past_key_values=cache)
+    Prefix.from_tensors([7, 9], [x.keys for x in cache.layers], [x.values for x in cache.layers]).install(model)
+    replay, want = Replay(model), model.generate(**batch, **GREEDY)
+    for _ in range(3):
+        assert torch.equal(replay.generate(**batch, **GREEDY), want)
+    assert records(replay) == [True] * 2
+
+
+def test_what_a_generation_may_not_repeat_it_runs() -> None:
+    model, batch = build("gemma2"), texts(1)  # sliding windows keep their length as a number
+    want = model.generate(**batch, **GREEDY, cache_implementation="static", disable_compile=True)
+    replay = Replay(model)
+    assert all(torch.equal(replay.generate(**batch, **GREEDY), want) for _ in range(3))
+    int8 = use_int8_cache(build("llama"))
+    want = int8.generate(**batch, **GREEDY)
+    assert torch.equal(Replay(int8).generate(**batch, **GREEDY), want)

@@ -6,12 +6,17 @@ keys and values, no later token needs the range: static per-tensor grids fit aga
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import StaticLayer
+from transformers.masking_utils import create_masks_for_generate
+
+WIDENED = ("attention_mask", "position_ids")  # what tells of tokens, and not of the prefix
 
 
 class StatelessCache(DynamicCache):
@@ -69,7 +74,10 @@ class Prefix(nn.Module):
         return StatelessCache([k[None] for k in self.keys], [v[None] for v in self.values], len(self))
 
     def prime(self, cache: Any, batch: int) -> None:
-        """Write the prefix into an empty cache."""
+        """Write the prefix into an empty cache; one of fixed length grows by as much."""
+        for layer in getattr(cache, "layers", ()):
+            if type(layer) is StaticLayer and not layer.is_initialized:
+                layer.max_cache_len += len(self)
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), layer)
 
@@ -77,6 +85,27 @@ class Prefix(nn.Module):
         """Attach to a causal LM as ``model.calib_prefix``: every forward and ``generate`` starts after the prefix."""
         model.calib_prefix = self
         model.register_forward_pre_hook(_prime_inputs, with_kwargs=True)
+        model.create_masks_for_generate = functools.partial(_masks_behind, model)  # type: ignore[assignment]
+
+
+def _masks_behind(model: nn.Module, **given: Any) -> Any:
+    """What ``generate`` asks for the mask of a cache of fixed length before every forward, the prefix counted in."""
+    prefix, cache, mask, positions = model.calib_prefix, *map(given.get, ("past_key_values", *WIDENED))
+    assert isinstance(prefix, Prefix) and cache is not None
+    if not int(cache.get_seq_length()):
+        prefix.prime(cache, given["inputs_embeds"].shape[0])
+    given = {**given, **_behind(prefix, mask, positions)}
+    return getattr(type(model), "create_masks_for_generate", create_masks_for_generate)(**given)
+
+
+def _behind(prefix: Prefix, mask: Tensor | None, positions: Tensor | None) -> dict[str, Tensor]:
+    """Those of a 2-D mask and of position ids that are there, the prefix counted in."""
+    found = {}
+    if mask is not None and mask.dim() == 2:
+        found["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], len(prefix)), mask], dim=1)
+    if positions is not None:
+        found["position_ids"] = positions + len(prefix)
+    return found
 
 
 def _prime_inputs(
@@ -94,9 +123,4 @@ def _prime_inputs(
         cache = kwargs["past_key_values"] = DynamicCache(config=model.config)  # type: ignore[arg-type]
     if not isinstance(cache, StatelessCache) and int(cache.get_seq_length()) == 0:
         prefix.prime(cache, inputs.shape[0])
-    mask = kwargs.get("attention_mask")
-    if mask is not None and mask.dim() == 2:
-        kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], len(prefix)), mask], dim=1)
-    if kwargs.get("position_ids") is not None:
-        kwargs["position_ids"] = kwargs["position_ids"] + len(prefix)
-    return args, kwargs
+    return args, kwargs | _behind(prefix, *map(kwargs.get, WIDENED))

@@ -2,13 +2,17 @@
 
 For one sentence at a time a small encoder spends more on Python, module by module, than on products. `Replay` notes the
 torch calls of a forward, once for each shape of its inputs, and then makes them again in one flat function. The calls
-are the model's own, so the answer is, bit for bit; the first repetition is held against the model.
+are the model's own, so the answer is, bit for bit; the first repetition is held against the model. A decoder's step is
+such a forward too, where its keys and values lie in a cache of fixed length.
 """
 
 from __future__ import annotations
 
 import collections
+import copy
+import functools
 import operator
+import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 from calib.nn.linear import QuantLinear
 
@@ -95,13 +101,15 @@ class _Shapes(TorchDispatchMode):
 class _Program:
     """The recorded calls: every argument and result has a place in one list of values.
 
-    trusted: whether it has been seen to answer as the model.
+    trusted: whether it has been seen to answer as the model. inputs: tensors, those of caches, and the caches; state:
+    ids of the tensors of caches, the only ones of its inputs that it may write into.
     """
 
-    def __init__(self, recorder: _Recorder, inputs: list[Tensor], outputs: Any, model: nn.Module) -> None:
+    def __init__(self, recorder: _Recorder, inputs: list[Any], state: set[int], outputs: Any, model: nn.Module) -> None:
         self.trusted = False
         self._local = recorder.made()
-        if any(id(each) not in self._local and _version(each) != was for each, was in recorder.first.values()):
+        ours = self._local | state
+        if any(id(each) not in ours and _version(each) != was for each, was in recorder.first.values()):
             raise _Unfit("it writes into tensors that it did not make")
         leaves, self.structure = pytree.tree_flatten(outputs)
         self._values: list[Any] = [None] * len(inputs)
@@ -113,12 +121,14 @@ class _Program:
             place = self._add(call)
             if _looks(call):
                 looks.append((len(self._steps), place, call.result))
+        if looks and state:
+            raise _Unfit("Python looks at values, after which a cache could not be taken back")
         self._leaves = [self._place(each) for each in leaves]
         self._parts = self._joined([*looks, (len(self._steps), self._new(None), None)])
         self.still = self._watch(model)
         del self._places, self._local, self._steps
 
-    def run(self, *inputs: Tensor) -> list[Any] | None:
+    def run(self, *inputs: Any) -> list[Any] | None:
         """The leaves of the output; None where a value that steered Python differs from the recorded one."""
         values = self._values.copy()
         values[: len(inputs)] = inputs
@@ -148,6 +158,8 @@ class _Program:
 
     def _place(self, each: Any) -> int:
         """Where the value is when a step asks for it."""
+        if isinstance(each, StaticCache) and id(each) in self._places:  # on its way from the inputs to the outputs
+            return self._places[id(each)]
         if isinstance(each, Tensor):
             if id(each) not in self._places:
                 self._places[id(each)] = self._new(None if id(each) in self._local else each)
@@ -197,17 +209,18 @@ class _Program:
 class Replay:
     """The model, called as itself, by repeating torch calls recorded for each shape of its inputs.
 
-    ``Replay(model)(**batch)`` returns what ``model(**batch)`` does, for encoders and classifiers in eval mode under
-    ``no_grad`` or ``inference_mode``, whose inputs are tensors and plain values. Of each shape the first call runs the
-    model, the second records (it runs three more times), the third is compared with the model, later ones repeat.
-    Everything else runs the model itself: gradients, autocast, a cache in the output, a forward that keeps state,
-    values that steered Python and differ now (padding after none). A weight, mode or dtype that changed is noticed and
-    the calls are recorded anew; a hook or a config that changed is not: then call ``forget``. Threads may share it; a
-    copy starts without records.
+    ``Replay(model)(**batch)`` returns what ``model(**batch)`` does, for models in eval mode under ``no_grad`` or
+    ``inference_mode``, whose inputs are tensors, plain values and transformers' StaticCache, which it fills as the
+    model does. Of each shape the first call runs the model, the second records (it runs three more times), the third
+    is compared with the model, later ones repeat. Everything else runs the model itself: gradients, autocast, a cache
+    that grows, a forward that keeps state, values that steered Python and differ now (padding after none). A weight,
+    mode or dtype that changed is noticed and the calls are recorded anew; a hook or a config that changed is not: then
+    call ``forget``. Threads may share it; a copy starts without records.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._generating = threading.RLock()
         self.forget()
 
     def forget(self) -> None:
@@ -215,61 +228,95 @@ class Replay:
         self._known: collections.OrderedDict[Hashable, int | _Program | str] = collections.OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = [*args, *kwargs.values()]
-        plain = all(isinstance(each, (Tensor, *PLAIN)) for each in leaves)
-        if not plain or torch.is_grad_enabled() or self.model.training or _steered():
-            return self.model(*args, **kwargs)
-        key = (len(args), *kwargs, *map(_shape, leaves))
+        return self._answer(self.model, args, kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """``model.generate`` with a cache of fixed length, its steps repeated where they can be.
+
+        Tokens are those of ``model.generate(..., cache_implementation="static")``. The cache is as long as the longest
+        text so far, so that later calls find their shapes recorded: give ``max_new_tokens``. A model whose cache is
+        int8 generates as it does. One generation at a time.
+        """
+        model: Any = self.model
+        if getattr(model, "calib_int8_cache", False):
+            return model.generate(*args, **kwargs)
+        forward = model.forward
+
+        @functools.wraps(forward)  # transformers asks for its signature
+        def repeated(*args: Any, **kwargs: Any) -> Any:
+            return self._answer(forward, args, kwargs)
+
+        with self._generating:
+            model.forward = repeated
+            try:
+                return model.generate(*args, **{"cache_implementation": "static", "disable_compile": True, **kwargs})
+            finally:
+                del model.forward
+
+    def _answer(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """model: what to call for the model's own answer."""
+        leaves, form = pytree.tree_flatten((args, kwargs))
+        if torch.is_grad_enabled() or self.model.training or _steered() or not all(map(_simple, leaves)):
+            return model(*args, **kwargs)
+        inputs = _inputs(leaves)
+        key = (form, *map(_shape, leaves), *map(_shape, inputs))
         known = self._known
-        program, inputs = known.get(key, 0), [each for each in leaves if isinstance(each, Tensor)]
+        program = known.get(key, 0)
         if isinstance(program, _Program) and not program.still():
             self.forget()
             program, known = 0, self._known
         if isinstance(program, _Program) and program.trusted:
             found = program.run(*inputs)
-            return self.model(*args, **kwargs) if found is None else pytree.tree_unflatten(found, program.structure)
-        result = self.model(*args, **kwargs)
+            return model(*args, **kwargs) if found is None else pytree.tree_unflatten(found, program.structure)
+        keeps = program == 0 or isinstance(program, str)  # else the model is about to fill a cache that is needed
+        before = leaves if keeps else [*map(_copy, leaves)]
+        result = model(*args, **kwargs)
         if isinstance(program, int):
-            known[key] = 1 if program == 0 else self._record(args, kwargs)
-            while len(known) > SHAPES:
-                known.popitem(last=False)
+            known[key] = 1 if program == 0 else self._record(model, before, form)
         elif isinstance(program, _Program):
-            found = program.run(*inputs)
+            twin = _inputs(before)
+            found = program.run(*twin)
             if found is not None:
-                program.trusted = all(map(_same, found, pytree.tree_leaves(result)))
+                program.trusted = _alike([*found, *twin], [*pytree.tree_leaves(result), *inputs])
                 if not program.trusted:
                     known[key] = OTHERWISE
+        while len(known) > SHAPES:
+            known.popitem(last=False)
         return result
 
-    def _record(self, args: Any, kwargs: Any) -> _Program | str:
+    def _record(self, model: Callable[..., Any], leaves: list[Any], form: pytree.TreeSpec) -> _Program | str:
         """Outside inference mode, where tensors have versions; on copies, of which no layer has kept anything."""
         with torch.inference_mode(False), torch.no_grad():
-            first, second, other = (
-                pytree.tree_map_only(Tensor, turn, (args, kwargs)) for turn in (_copy, _copy, _rolled)
-            )
+
+            def turned(turn: Callable[[Any], Any]) -> tuple[list[Any], Callable[[], Any]]:
+                """What a program is given, and the model's own answer."""
+                values = [*map(turn, leaves)]
+                args, kwargs = pytree.tree_unflatten(values, form)
+                return _inputs(values), lambda: model(*args, **kwargs)
+
+            (_, settle), (inputs, noted), (given, _), (held, other) = map(turned, (_copy, _copy, _rolled, _rolled))
             try:
                 with _Recorder() as before:  # settles what layers prepare on their way
-                    self.model(*first[0], **first[1])
+                    settle()
                 with _Recorder() as recorder, _Shapes() as shapes:
-                    outputs = self.model(*second[0], **second[1])
+                    outputs = noted()
                 if shapes.found:
                     raise _Unfit(f"values decide the shape of what {shapes.found} returns")
-                inputs = _tensors(second)
+                state = {id(each) for cache in inputs if isinstance(cache, StaticCache) for each in _state(cache)}
                 lasting = before.first.keys() | before.made() | recorder.made() | {id(each) for each in inputs}
                 if recorder.first.keys() - lasting:
                     raise _Unfit("tensors come from what is no torch call")
-                program = _Program(recorder, inputs, outputs, self.model)
-                found, want = program.run(*_tensors(other)), pytree.tree_leaves(self.model(*other[0], **other[1]))
+                program = _Program(recorder, inputs, state, outputs, self.model)
+                found, want = program.run(*given), pytree.tree_leaves(other())
             except Exception as why:  # whatever it is, the model has answered and goes on answering
                 return f"{type(why).__name__}: {why}"
-        return program if found is None or all(map(_same, found, want)) else OTHERWISE
+        return program if found is None or _alike([*found, *given], [*want, *held]) else OTHERWISE
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.model = state["model"]
-        self.forget()
+        self.__init__(state["model"])  # type: ignore[misc]
 
 
 def _looks(call: _Call) -> bool:
@@ -315,24 +362,58 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [each for each in pytree.tree_leaves(tree) if isinstance(each, Tensor)]
 
 
+def _simple(each: Any) -> bool:
+    """Whether a call with it may be repeated."""
+    if isinstance(each, StaticCache):
+        layers = each.layers
+        return type(each) is StaticCache and all(type(la) is StaticLayer and la.is_initialized for la in layers)
+    return isinstance(each, (Tensor, *PLAIN))
+
+
+def _state(cache: StaticCache) -> list[Tensor]:
+    """The tensors that a forward changes."""
+    layers: Any = cache.layers
+    return [each for layer in layers for each in (layer.keys, layer.values, layer.cumulative_length)]
+
+
+def _inputs(leaves: list[Any]) -> list[Any]:
+    """What a program is given: the tensors, then those of the caches, then the caches."""
+    caches = [each for each in leaves if isinstance(each, StaticCache)]
+    return [*(each for each in leaves if isinstance(each, Tensor)), *(t for c in caches for t in _state(c)), *caches]
+
+
 def _version(each: Tensor) -> int:
     return -1 if each.is_inference() else each._version
 
 
 def _shape(each: Any) -> Hashable:
+    if isinstance(each, StaticCache):
+        return StaticCache
     return (each.shape, each.stride(), each.dtype, each.device) if isinstance(each, Tensor) else (type(each), each)
 
 
-def _copy(each: Tensor) -> Tensor:
-    return each.clone()
+def _copy(each: Any) -> Any:
+    if isinstance(each, StaticCache):
+        twin = copy.copy(each)
+        twin.layers = [copy.copy(layer) for layer in each.layers]
+        for layer in twin.layers:
+            layer.__dict__.update({key: t.clone() for key, t in vars(layer).items() if isinstance(t, Tensor)})
+        return twin
+    return each.clone() if isinstance(each, Tensor) else each
 
 
-def _rolled(each: Tensor) -> Tensor:
+def _rolled(each: Any) -> Any:
     """Other values, as fit for the model: a mask keeps its length, an id is one of the vocabulary."""
-    return each.roll(1, -1) if each.dim() else each.clone()
+    return each.roll(1, -1) if isinstance(each, Tensor) and each.dim() else _copy(each)
+
+
+def _alike(found: list[Any], want: list[Any]) -> bool:
+    return len(found) == len(want) and all(map(_same, found, want))
 
 
 def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, StaticCache) and isinstance(b, StaticCache):
+        return True  # their tensors are compared for themselves
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     return type(a) is type(b) and bool(a == b)

@@ -55,5 +55,10 @@ def _vnni() -> bool:
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
+    return capable("avx512_vnni", "avx_vnni", unknown=True)
+
+
+def capable(*names: str, unknown: bool) -> bool:
+    """Whether torch finds any of the instructions on this CPU; unknown: where it does not say."""
     can: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(can.get(name, True) for name in ("avx512_vnni", "avx_vnni"))
+    return any(bool(can.get(name, unknown)) for name in names)

@@ -5,7 +5,8 @@
 
 Float in fp32 and bf16, the packed checkpoint, ``--compressed DIR`` (a checkpoint that plain transformers loads) and
 torchao's int8, where it is installed, take turns in one process; the best of each counts, in CPU time of the process
-(of two threads: wall time). Loading and memory: a process of its own for each loads and generates, against one that
+(of two threads: wall time). ``decode``: forwards of one token; ``generate``: tokens of ``model.generate``, and of
+``calib.nn.Replay(model).generate``, which repeats recorded steps. Loading and memory: a process of its own for each loads and generates, against one that
 imports everything. ``agreement``: greedy tokens of the packed model and of the model in fake arithmetic, by position;
 ``logits``: the largest difference over the logits' range. Both on prompts of the test text. ``--bits 7`` rounds 8-bit
 weights to 7 bits for them: without VNNI the integer kernels take no more.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import importlib.util
 import json
 import subprocess
@@ -31,7 +33,7 @@ import calib
 from calib.evaluate.generation import continuations
 from calib.export.hf import set_mode
 from calib.export.load import load_pair
-from calib.nn import QuantLinear
+from calib.nn import QuantLinear, Replay
 from experiments.machine import machine
 from model_zoo.sources import load_model
 
@@ -79,6 +81,16 @@ def decode(model: Any, ids: torch.Tensor, clock: Callable[[], float]) -> float:
     for i in range(DECODED):
         cache = model(input_ids=ids[:, 64 + i : 65 + i], past_key_values=cache, use_cache=True).past_key_values
     return (clock() - start) / DECODED
+
+
+def generate(run: Callable[..., Any], ids: torch.Tensor, clock: Callable[[], float]) -> float:
+    """Seconds a token behind the first, which takes the prompt of 64 tokens with it."""
+    taken = []
+    for count in (1, 1 + DECODED):
+        start = clock()
+        run(ids[:, :64], attention_mask=torch.ones_like(ids[:, :64]), max_new_tokens=count, min_new_tokens=count)
+        taken.append(clock() - start)
+    return (taken[1] - taken[0]) / DECODED
 
 
 def fastest(models: dict[str, Any], run: Callable[[Any], float]) -> dict[str, float]:
@@ -141,6 +153,14 @@ def main() -> None:
             rows[name][f"prefill {length}, tokens/s"] = round(length / seconds, 1)
             rows[name][f"prefill {length} x fp32"] = round(taken["fp32"] / seconds, 2)
     taken = fastest(models, lambda model: decode(model, ids, clock))
+    runs = {name: functools.partial(model.generate, do_sample=False) for name, model in models.items()}
+    repeats = {f"{name}, repeated": Replay(models[name]) for name in ("fp32", "bf16", "packed")}
+    runs |= {name: functools.partial(replay.generate, do_sample=False) for name, replay in repeats.items()}
+    for run in runs.values():  # records what is to be repeated
+        generate(run, ids, clock)
+    for name, seconds in (steps := fastest(runs, lambda run: generate(run, ids, clock))).items():
+        rows.setdefault(name, {})["generate, tokens/s"] = round(1 / seconds, 2)
+        rows[name]["generate x fp32"] = round(steps["fp32"] / seconds, 2)
     baseline = footprint("", "", options.threads)[0]
     for name, path in folders.items():
         rows[name] |= {
