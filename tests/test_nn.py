@@ -314,6 +314,7 @@ def test_blocks_of_rows_and_tiles_of_weights_do_not_matter(inputs: str, monkeypa
         whole = module.set_mode("packed")(x)
         with monkeypatch.context() as patch:
             patch.setattr(shared_codes, "BLOCK", 100)
+            patch.setattr(shared_codes, "CACHED", 500)
             patch.setattr(tiles, "TILE", 1)
             assert torch.allclose(module.set_mode("packed")(x), whole, rtol=0, atol=5e-6 * float(whole.abs().max()))
             assert_packed_is_fake(module, x, 5e-6)
@@ -493,9 +494,11 @@ def of_one_input(spec: AffineSpec, weights: str = "8-channel", **options: object
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("weights", ["8-channel", "4-channel"])
 @pytest.mark.parametrize("spec", [TOKEN, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize("plain", [False, True], ids=["packed rows", "plain rows"])
 def test_layers_of_one_input_become_one_product(
-    spec: AffineSpec, weights: str, mode: type, monkeypatch: pytest.MonkeyPatch
+    plain: bool, spec: AffineSpec, weights: str, mode: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernels, "_plain_rows", lambda: plain)
     layers = of_one_input(spec, weights, float_rows=True)
     products: list[int] = []
     real = kernels._Operator.__call__
@@ -513,7 +516,7 @@ def test_layers_of_one_input_become_one_product(
             assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(got, wanted, strict=True))
             counts.append(len(products))
         integer = not refused(weights)
-        alone = rows > together.FEW or (rows == 1 and weights == "8-channel")  # the checkpoint holds plain codes
+        alone = rows > together.FEW or (plain and rows == 1 and weights == "8-channel")  # on the checkpoint's codes
         assert counts[-1] == integer * (3 if alone else 1)
     copies = copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))
     for layer, *twins in zip(layers, *copies, strict=True):

@@ -12,6 +12,7 @@ from calib.nn.activation import ActivationQuantizer
 from calib.nn.hadamard import block_hadamard
 
 BLOCK = 1 << 19  # activations quantized at a time: larger temporaries page-fault on every call, up to 5x
+CACHED = 1 << 17  # activations that pass from one operator to the next within a core's own cache
 _TOP_BIT = torch.tensor(-128, dtype=torch.int8)
 
 
@@ -60,37 +61,47 @@ def fingerprint(quantizer: ActivationQuantizer) -> bytes:
 def quantize_for(quantizer: ActivationQuantizer) -> Quantize:
     """x [M, in] -> its codes, by the quantizer's buffers as they are now.
 
-    ``quantized`` for every quantizer; for few rows of a static grid on a CPU, where starting an operator costs more
-    than its arithmetic, the same arithmetic written out: the same bits.
+    ``quantized`` for every quantizer; of a static grid on a CPU the same arithmetic written out, the same bits: for few
+    rows starting an operator costs more than its work, for many their results should not leave the cache.
     """
     spec = quantizer.spec
     assert spec is not None
     scale, zero_point, device = quantizer.scale, quantizer.zero_point, torch.device("cpu")
-    if scale is None or zero_point is None or quantizer.watches_rows or scale.device != device:
+    if scale is None or zero_point is None or quantizer.watches_rows or scale.device != device or not spec.integer:
         return lambda x: quantized(quantizer, x)
     shift, rescale, hadamard = quantizer.shift, quantizer.rescale, quantizer.hadamard
-    step = max(1, BLOCK // quantizer.features)
+    step = max(1, CACHED // quantizer.features)
     # as tensors: wrapping a number costs another microsecond
     offset = None if spec.symmetric else zero_point.float()
 
-    def few(x: Tensor) -> Codes:
-        if x.shape[0] > step or x.dtype == torch.float64:
-            return quantized(quantizer, x)
+    def snapped(x: Tensor, room: Tensor | None) -> Tensor:
+        """Codes as numbers, fp32; room: where they may lie."""
         t = x
         if shift is not None:
-            t = torch.sub(t, shift)  # in fp32, as everything from here on
+            t = torch.sub(t, shift, out=room)  # in fp32, as everything from here on
             if rescale is not None:
                 t.div_(rescale)
         elif rescale is not None:
-            t = torch.div(t, rescale)
+            t = torch.div(t, rescale, out=room)
         if hadamard != 1:
             t = block_hadamard(t.float(), hadamard)
-        t = torch.div(t, scale) if t is x else t.div_(scale)
+        t = torch.div(t, scale, out=room) if t is x else t.div_(scale)
         if offset is not None:
             t.add_(offset)
-        return Codes(spec.stored(spec.snap(t)), scale, zero_point, None)
+        return spec.snap(t)
 
-    return few
+    def quantize(x: Tensor) -> Codes:
+        if x.dtype == torch.float64:
+            return quantized(quantizer, x)
+        if x.shape[0] <= step:
+            return Codes(spec.stored(snapped(x, None)), scale, zero_point, None)
+        codes = torch.empty(x.shape, dtype=torch.int8)
+        room = torch.empty(step, x.shape[1])
+        for rows, part in zip(x.split(step), codes.split(step), strict=True):
+            part.copy_(snapped(rows, room if rows.shape[0] == step else room[: rows.shape[0]]))
+        return Codes(codes, scale, zero_point, None)
+
+    return quantize
 
 
 def quantized(quantizer: ActivationQuantizer, x: Tensor) -> Codes:

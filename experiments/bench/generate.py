@@ -6,10 +6,10 @@
 Float in fp32 and bf16, the packed checkpoint, ``--compressed DIR`` (a checkpoint that plain transformers loads) and
 torchao's int8, where it is installed, take turns in one process; the best of each counts, in CPU time of the process
 (of two threads: wall time). ``decode``: forwards of one token; ``generate``: tokens of ``model.generate``, and of
-``calib.nn.Replay(model).generate``, which repeats recorded steps. Loading and memory: a process of its own for each loads and generates, against one that
-imports everything. ``agreement``: greedy tokens of the packed model and of the model in fake arithmetic, by position;
-``logits``: the largest difference over the logits' range. Both on prompts of the test text. ``--bits 7`` rounds 8-bit
-weights to 7 bits for them: without VNNI the integer kernels take no more.
+``calib.nn.Replay(model).generate``, which repeats recorded steps. Loading and memory: a process of its own for each
+loads and generates, against one that imports everything. ``agreement``: greedy tokens of the packed model and of the
+model in fake arithmetic, by position; ``logits``: the largest difference over the logits' range. Both on prompts of the
+test text. ``--bits 7`` rounds 8-bit weights to 7 bits for them: without VNNI the integer kernels take no more.
 """
 
 from __future__ import annotations
