@@ -516,7 +516,7 @@ def test_layers_of_one_input_become_one_product(
             assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(got, wanted, strict=True))
             counts.append(len(products))
         integer = not refused(weights)
-        alone = rows > together.FEW or (plain and rows == 1 and weights == "8-channel")  # on the checkpoint's codes
+        alone = rows > together.FEW or (rows == 1 and weights == "8-channel")
         assert counts[-1] == integer * (3 if alone else 1)
     copies = copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))
     for layer, *twins in zip(layers, *copies, strict=True):

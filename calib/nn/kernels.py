@@ -165,10 +165,11 @@ class _Integer(Reader):
         self.shape, self.owner = (module.out_features, module.in_features), weakref.ref(module)
         weight = _integers(module).contiguous()
         self.cpu = weight.device.type == "cpu"
-        # at 8 bits the checkpoint has plain codes for nothing
-        self.single = self.cpu and module.weight is weight and module.in_features > 1 and _plain_rows()
+        # a row of 8-bit weights runs alone: joined they are held once more, a quarter of them in a small decoder
+        self.single = self.cpu and module.weight is weight and module.in_features > 1
+        plain = self.single and _plain_rows()  # codes that the checkpoint has for nothing
         self.kind = (self.cpu, self.single, module.bias is None)
-        self.product, self.finish = _Operator([module], weight, keep=self.single or not self.cpu), _finish(module)
+        self.product, self.finish = _Operator([module], weight, keep=plain or not self.cpu), _finish(module)
 
     def joined(self, others: Sequence[_Integer]) -> Product:
         """All outputs side by side."""

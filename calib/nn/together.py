@@ -34,7 +34,7 @@ class Reader:
     """A layer as the taker of an input; it stays alone where its class has no ``joined``.
 
     key: fingerprint of its quantizer; quantize: rows to codes; shape: out, in; finish: what follows the product.
-    kind: what layers need in common to be joined. single: whether one row runs best alone, on the checkpoint's codes.
+    kind: what layers need in common to be joined. single: whether one row runs alone.
     """
 
     key: bytes

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
 import calib
 from calib.evaluate.generation import continuations
@@ -83,14 +84,24 @@ def decode(model: Any, ids: torch.Tensor, clock: Callable[[], float]) -> float:
     return (clock() - start) / DECODED
 
 
+class Stopwatch(BaseStreamer):
+    """When tokens came; the prompt comes first, then the token that it took with it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.times = clock, []  # type: ignore[var-annotated]
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(self.clock())
+
+    def end(self) -> None:
+        pass
+
+
 def generate(run: Callable[..., Any], ids: torch.Tensor, clock: Callable[[], float]) -> float:
-    """Seconds a token behind the first, which takes the prompt of 64 tokens with it."""
-    taken = []
-    for count in (1, 1 + DECODED):
-        start = clock()
-        run(ids[:, :64], attention_mask=torch.ones_like(ids[:, :64]), max_new_tokens=count, min_new_tokens=count)
-        taken.append(clock() - start)
-    return (taken[1] - taken[0]) / DECODED
+    """Seconds a token, behind 64 tokens and the first."""
+    watch, count = Stopwatch(clock), {"max_new_tokens": 1 + DECODED, "min_new_tokens": 1 + DECODED}
+    run(ids[:, :64], attention_mask=torch.ones_like(ids[:, :64]), streamer=watch, **count)
+    return (watch.times[-1] - watch.times[1]) / DECODED
 
 
 def fastest(models: dict[str, Any], run: Callable[[Any], float]) -> dict[str, float]:
