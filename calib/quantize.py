@@ -15,13 +15,13 @@ from torch import nn
 from calib import auto, prepare
 from calib.data import Like, TokenData, sequence_limit
 from calib.engine import Engine, Journal, PrefixBuilder, choose_prefix, trained
-from calib.engine.memory import release_pages
 from calib.errors import CalibError, InputError
 from calib.evaluate import peak_rss_mib
 from calib.export import checkpoint, onnx, targets
 from calib.export.files import check_out, open_journal, writing
 from calib.export.streamed import Shards
 from calib.export.targets import Format
+from calib.memory import release_pages
 from calib.methods import Basel, Hadamard, basel_of, low_rank_of, resolve
 from calib.model import Plan, Resident, make_plan, small_batch, takes_rotation
 from calib.model.cost import Cost, estimate

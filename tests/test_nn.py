@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from calib import memory
 from calib.errors import InputError
+from calib.memory import page_out
 from calib.nn import (
     ActivationQuantizer,
     QuantLinear,
@@ -117,7 +119,7 @@ def test_packed_is_fake_whichever_operator_serves_the_shape(rows: int, shape: tu
 def test_a_loaded_model_reuses_the_pages_of_its_activations() -> None:
     code = """
 import resource, torch
-from calib.engine.memory import keep_pages
+from calib.memory import keep_pages
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
@@ -127,6 +129,24 @@ print(keep_pages(), faults())
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(said.split()[1]) < 2 * (4 << 20) / resource.getpagesize()  # once and no more, of twenty times
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_of_a_file_leave_and_come_back(tmp_path: Path) -> None:
+    save_file({"x": torch.arange(1 << 20, dtype=torch.int32)}, tmp_path / "x.safetensors")
+    x = load_file(tmp_path / "x.safetensors")["x"]
+    x[5] = -1  # a page that is the file's no more
+    assert int(x.sum()) == (1 << 19) * ((1 << 20) - 1) - 6
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    page_out(x)
+    assert resident() < before - (3 << 20) or not memory._of_file(x.data_ptr(), x.data_ptr() + 1)
+    assert int(x.sum()) == (1 << 19) * ((1 << 20) - 1) - 6
+    own = torch.arange(1 << 20)
+    assert not memory._of_file(own.data_ptr(), own.data_ptr() + 8)
 
 
 # Hadamard
@@ -516,7 +536,7 @@ def test_layers_of_one_input_become_one_product(
             assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(got, wanted, strict=True))
             counts.append(len(products))
         integer = not refused(weights)
-        alone = rows > together.FEW or (rows == 1 and weights == "8-channel")
+        alone = rows > together.FEW or (plain and rows == 1 and weights == "8-channel")  # on the checkpoint's codes
         assert counts[-1] == integer * (3 if alone else 1)
     copies = copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))
     for layer, *twins in zip(layers, *copies, strict=True):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from calib.engine.memory import release_pages
 from calib.errors import InputError
+from calib.memory import release_pages
 from calib.model import Batch, Call, Plan, call_model, observing
 from calib.model.terms import LOGIT_BYTES
 from calib.nn import Prefix, StatelessCache

@@ -20,11 +20,11 @@ from calib.engine.block import BlockCalibration, BlockInput, packed
 from calib.engine.factors import LowRankWork
 from calib.engine.hidden import HiddenStates
 from calib.engine.journal import Journal
-from calib.engine.memory import release_pages, reusing_pages
 from calib.engine.prefix import PrefixBuilder
 from calib.engine.survey import Survey, survey
 from calib.engine.truncation import Ways, truncation
 from calib.errors import InputError, NumericsError
+from calib.memory import release_pages, reusing_pages
 from calib.methods import LowRank, low_rank_of, resolve
 from calib.model import (
     Batch,

@@ -26,8 +26,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from calib.engine.memory import keep_pages
 from calib.errors import ModelError
+from calib.memory import keep_pages
 from calib.nn import (
     AttentionFormat,
     Prefix,

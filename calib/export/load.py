@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from calib.engine.memory import keep_pages
 from calib.errors import InputError, ModelError
 from calib.export import compressed_load, hf
 from calib.files import check_files
+from calib.memory import keep_pages
 from calib.model.skeleton import known_config
 from calib.model.store import shards
 from calib.nn import use_int8_cache

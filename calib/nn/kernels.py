@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from calib.memory import page_out
 from calib.nn import float8, int4
 from calib.nn.codes import Codes, fingerprint, quantize_for
 from calib.nn.tiles import tiled, tiles
@@ -165,11 +166,13 @@ class _Integer(Reader):
         self.shape, self.owner = (module.out_features, module.in_features), weakref.ref(module)
         weight = _integers(module).contiguous()
         self.cpu = weight.device.type == "cpu"
-        # a row of 8-bit weights runs alone: joined they are held once more, a quarter of them in a small decoder
-        self.single = self.cpu and module.weight is weight and module.in_features > 1
-        plain = self.single and _plain_rows()  # codes that the checkpoint has for nothing
+        # at 8 bits the checkpoint has plain codes for nothing
+        self.single = self.cpu and module.weight is weight and module.in_features > 1 and _plain_rows()
         self.kind = (self.cpu, self.single, module.bias is None)
-        self.product, self.finish = _Operator([module], weight, keep=plain or not self.cpu), _finish(module)
+        self.product, self.finish = _Operator([module], weight, keep=self.single or not self.cpu), _finish(module)
+        stored = module.weight if module.weight_packed is None else module.weight_packed
+        if self.cpu and not self.single and stored is not None:
+            page_out(stored)  # what the checkpoint holds is not needed beside what is packed
 
     def joined(self, others: Sequence[_Integer]) -> Product:
         """All outputs side by side."""

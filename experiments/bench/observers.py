@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calib.engine.memory import reusing_pages
 from calib.engine.state import SiteState
+from calib.memory import reusing_pages
 from calib.model import make_plan, observing
 from calib.observers import Moments, Quantile, Range, RowSample
 from calib.observers.quantile import ENOUGH

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import calib
-from calib.engine.memory import reusing_pages
+from calib.memory import reusing_pages
 from calib.methods import OSPlus, ShiftScale, SiteView
 from calib.quantizers import AffineSpec, qparams
 from calib.recipe import Recipe
