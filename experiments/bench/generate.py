@@ -4,10 +4,11 @@
     python -m experiments.bench.generate smollm2-135m out/smollm2-w8a8 [--json experiments/bench/results-generate.json]
 
 Float in fp32 and bf16, the packed checkpoint, ``--compressed DIR`` (a checkpoint that plain transformers loads) and
-torchao's int8, where it is installed, take turns in one process; the best of each counts, in CPU time of the process
-(of two threads: wall time). ``decode``: forwards of one token; ``generate``: tokens of ``model.generate``, and of
-``calib.nn.Replay(model).generate``, which repeats recorded steps. Loading and memory: a process of its own for each
-loads and generates, against one that imports everything. ``agreement``: greedy tokens of the packed model and of the
+torchao's int8, where it is installed. Each runs in processes of its own, ``--launches`` of them in turns, for where a
+process's memory lies can double a time; the best of each counts, in CPU time (of two threads: wall time), and the
+smallest peak. ``decode``: forwards of one token; ``generate``: tokens of ``model.generate``, or in rows named
+*repeated* of ``calib.nn.Replay(model).generate``, which repeats recorded steps. Memory is held against a process that
+imports everything. ``agreement``: greedy tokens of the packed model and of the
 model in fake arithmetic, by position; ``logits``: the largest difference over the logits' range. Both on prompts of the
 test text. ``--bits 7`` rounds 8-bit weights to 7 bits for them: without VNNI the integer kernels take no more.
 """
@@ -31,6 +32,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import calib
+from calib.evaluate import peak_rss_mib
 from calib.evaluate.generation import continuations
 from calib.export.hf import set_mode
 from calib.export.load import load_pair
@@ -40,19 +42,33 @@ from model_zoo.sources import load_model
 
 PREFILLS, DECODED, ROUNDS = (128, 512), 24, 4
 TEXT = Path("../shared/data/wikitext-2/test.txt")
-CHILD = """
-import json, sys, time, torch, calib
-from calib.evaluate import peak_rss_mib
-from transformers import LlamaForCausalLM
-from experiments.bench.generate import loaded
-torch.set_num_threads(int(sys.argv[3]))
-start = time.process_time()
-if sys.argv[2]:
-    model = loaded(sys.argv[1], sys.argv[2])
-    took = time.process_time() - start
-    model.generate(torch.ones(1, 64, dtype=torch.long), max_new_tokens=32, min_new_tokens=32, do_sample=False)
-print(json.dumps([peak_rss_mib(), took if sys.argv[2] else 0.0]))
-"""
+REPEATED = ", repeated"
+CHILD = "import sys; from experiments.bench.generate import child; child(*sys.argv[1:])"
+
+
+def child(what: str, path: str, threads: str) -> None:
+    """Prints peak MiB of loading and generating (of imports alone without a path), CPU seconds to load, and speeds."""
+    torch.set_num_threads(int(threads))
+    found = {}
+    if path:
+        start = time.process_time()
+        model = loaded(what.removesuffix(REPEATED), path)
+        found["load"] = time.process_time() - start
+        run = functools.partial((Replay(model) if what.endswith(REPEATED) else model).generate, do_sample=False)
+        run(torch.ones(1, 64, dtype=torch.long), max_new_tokens=32, min_new_tokens=32)
+    found["peak"] = peak_rss_mib()
+    if path:
+        clock = time.process_time if threads == "1" else time.perf_counter
+        ids = torch.arange(5, 5 + max(PREFILLS)).view(1, -1)
+        generate(run, ids, clock)  # what is to be repeated is recorded
+        found["generate"] = min(generate(run, ids, clock) for _ in range(ROUNDS))
+        if not what.endswith(REPEATED):
+            with torch.no_grad():
+                for length in PREFILLS:
+                    times = [prefill(model, ids[:, :length], clock) for _ in range(ROUNDS)]
+                    found[f"prefill {length}"] = min(times) / length
+                found["decode"] = min(decode(model, ids, clock) for _ in range(ROUNDS))
+    print(json.dumps(found))
 
 
 def loaded(what: str, path: str) -> Any:
@@ -104,19 +120,16 @@ def generate(run: Callable[..., Any], ids: torch.Tensor, clock: Callable[[], flo
     return (watch.times[-1] - watch.times[1]) / DECODED
 
 
-def fastest(models: dict[str, Any], run: Callable[[Any], float]) -> dict[str, float]:
-    best = dict.fromkeys(models, float("inf"))
-    for _ in range(ROUNDS + 1):
-        for name, model in models.items():
-            best[name] = min(best[name], run(model))
+def measured(folders: dict[str, str], threads: int, launches: int) -> dict[str, dict[str, float]]:
+    """Of each the best of several processes."""
+    best: dict[str, dict[str, float]] = {name: {} for name in folders}
+    for _ in range(launches):
+        for name, path in folders.items():
+            command = [sys.executable, "-W", "ignore", "-c", CHILD, name, path, str(threads)]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            for key, value in json.loads(said.splitlines()[-1]).items():
+                best[name][key] = min(best[name].get(key, value), value)
     return best
-
-
-def footprint(what: str, path: str, threads: int) -> tuple[float, float]:
-    """Peak MiB, and CPU seconds to load; of the imports alone without a path."""
-    command = [sys.executable, "-W", "ignore", "-c", CHILD, what, path, str(threads)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return tuple(json.loads(said.splitlines()[-1]))
 
 
 def narrowed(model: Any, bits: int) -> Any:
@@ -143,6 +156,7 @@ def main() -> None:
     parser.add_argument("--compressed", type=Path)
     parser.add_argument("--bits", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--launches", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--json", type=Path)
@@ -154,39 +168,22 @@ def main() -> None:
         folders["compressed-tensors in transformers"] = str(options.compressed)
     if importlib.util.find_spec("torchao") is not None:
         folders["torchao int8 dynamic, eager"] = options.model
-    models = {name: loaded(name, path) for name, path in folders.items()}
+    folders |= {name + REPEATED: folders[name] for name in ("fp32", "bf16", "packed")}
     ids = tokenizer(TEXT.read_text(encoding="utf-8")[:20000], return_tensors="pt")["input_ids"]
-    clock = time.process_time if options.threads == 1 else time.perf_counter
-    rows: dict[str, dict[str, float]] = {name: {} for name in models}
-    for length in PREFILLS:
-        taken = fastest(models, lambda model: prefill(model, ids[:, :length], clock))  # noqa: B023  # run at once
-        for name, seconds in taken.items():
-            rows[name][f"prefill {length}, tokens/s"] = round(length / seconds, 1)
-            rows[name][f"prefill {length} x fp32"] = round(taken["fp32"] / seconds, 2)
-    taken = fastest(models, lambda model: decode(model, ids, clock))
-    runs = {name: functools.partial(model.generate, do_sample=False) for name, model in models.items()}
-    repeats = {f"{name}, repeated": Replay(models[name]) for name in ("fp32", "bf16", "packed")}
-    runs |= {name: functools.partial(replay.generate, do_sample=False) for name, replay in repeats.items()}
-    for run in runs.values():  # records what is to be repeated
-        generate(run, ids, clock)
-    for name, seconds in (steps := fastest(runs, lambda run: generate(run, ids, clock))).items():
-        rows.setdefault(name, {})["generate, tokens/s"] = round(1 / seconds, 2)
-        rows[name]["generate x fp32"] = round(steps["fp32"] / seconds, 2)
-    baseline = footprint("", "", options.threads)[0]
+    best = measured({"imports": "", **folders}, options.threads, options.launches)
+    baseline, rows = best["imports"]["peak"], {}
     for name, path in folders.items():
-        rows[name] |= {
-            "decode, tokens/s": round(1 / taken[name], 2),
-            "decode x fp32": round(taken["fp32"] / taken[name], 2),
-        }
-        used, seconds = footprint(name, path, options.threads)
-        rows[name] |= {"load, CPU s": round(seconds, 2), "peak, MiB above the imports": round(used - baseline, 1)}
+        row = rows[name] = {}
+        for key in (*(f"prefill {length}" for length in PREFILLS), "decode", "generate"):
+            if key in best[name]:
+                row[f"{key}, tokens/s"] = round(1 / best[name][key], 2)
+                row[f"{key} x fp32"] = round(best["fp32"][key] / best[name][key], 2)
+        used = best[name]["peak"]
+        row |= {"load, CPU s": round(best[name]["load"], 2), "peak, MiB above the imports": round(used - baseline, 1)}
         if Path(path).is_dir():
             size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) / 2**20
-            rows[name] |= {
-                "MiB on disk": round(size, 1),
-                "peak over file and imports": round(used / (size + baseline), 3),
-            }
-    packed, fake = models["packed"], load_pair(options.quantized, "fake")[0]
+            row |= {"MiB on disk": round(size, 1), "peak over file and imports": round(used / (size + baseline), 3)}
+    packed, fake = loaded("packed", options.quantized), load_pair(options.quantized, "fake")[0]
     if options.bits < 8:
         packed, fake = narrowed(packed, options.bits), set_mode(narrowed(fake, options.bits), "fake")
     written = continuations(packed, tokenizer, TEXT, options.prompts, 64, options.tokens)
@@ -196,6 +193,7 @@ def main() -> None:
     found = {
         "rows": rows,
         "clock": "CPU" if options.threads == 1 else "wall",
+        "launches": options.launches,
         "imports, MiB": baseline,
         "agreement": {
             "weight bits": options.bits,

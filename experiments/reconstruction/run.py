@@ -1,6 +1,6 @@
 """Block reconstruction on SmolLM2-135M: rounding, clipping and what else can be learned by each block's output.
 
-    python -m experiments.reconstruction.run [--only 'w3a16'] [--seed 1]
+    python -m experiments.reconstruction.run [--only 'w3a16*'] [--seed 1]
     python -m experiments.reconstruction.run --figure
 
 Symmetric weights, of A16 in groups of 64, else a scale a row; calibrated on 32 x 512 tokens of WikiText-2's validation
@@ -12,6 +12,7 @@ results-smollm2.json are not run again, and what experiments/accuracy has run is
 from __future__ import annotations
 
 import argparse
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def figure(results: Results) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="beginnings of cells' names, separated by ;")
+    parser.add_argument("--only", default="*", help="patterns of cells' names, separated by ;")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figure", action="store_true")
     args = parser.parse_args()
@@ -87,7 +88,7 @@ def main() -> None:
         results.run("float", 0, lambda: dict(present["float"]))
         for scheme, arm in CELLS:
             name = f"{scheme}, {arm.name}"
-            if any(name.startswith(part) for part in args.only.split(";")):
+            if any(fnmatch(name, part) for part in args.only.split(";")):
                 results.run(name, args.seed, partial(measure, scheme, arm))
     print(results.table(["bits", "perplexity", "cpu_seconds"]))
     if args.figure:
