@@ -240,7 +240,7 @@ class Replay:
         model: Any = self.model
         if getattr(model, "calib_int8_cache", False):
             return model.generate(*args, **kwargs)
-        forward = model.forward
+        forward, own = model.forward, vars(model).get("forward")
 
         @functools.wraps(forward)  # transformers asks for its signature
         def repeated(*args: Any, **kwargs: Any) -> Any:
@@ -251,7 +251,10 @@ class Replay:
             try:
                 return model.generate(*args, **{"cache_implementation": "static", "disable_compile": True, **kwargs})
             finally:
-                del model.forward
+                if own is None:
+                    del model.forward
+                else:
+                    model.forward = own
 
     def _answer(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """model: what to call for the model's own answer."""
@@ -259,7 +262,7 @@ class Replay:
         if torch.is_grad_enabled() or self.model.training or _steered() or not all(map(_simple, leaves)):
             return model(*args, **kwargs)
         inputs = _inputs(leaves)
-        key = (form, *map(_shape, leaves), *map(_shape, inputs))
+        key = (model is self.model, form, *map(_shape, leaves), *map(_shape, inputs))  # hooks are recorded or are not
         known = self._known
         program = known.get(key, 0)
         if isinstance(program, _Program) and not program.still():
