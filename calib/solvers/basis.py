@@ -117,7 +117,8 @@ def evened(
     found: list[int | None] = []
     for (out, n), chosen, flat in zip(shapes, ranks, uniform_ranks(shapes, keep), strict=True):
         dense = out * n / (out + n)  # factors of this rank cost as much
-        rank = (1 - even) * (dense if chosen is None else chosen) + even * (dense if flat is None else flat)
+        from_rank, to_rank = (dense if each is None else each for each in (chosen, flat))
+        rank = from_rank + even * (to_rank - from_rank) + 1e-9  # equal ranks stay as they are
         found.append(None if rank >= dense else max(1, int(rank)))
     return found
 
