@@ -85,17 +85,20 @@ class Prefix(nn.Module):
         """Attach to a causal LM as ``model.calib_prefix``: every forward and ``generate`` starts after the prefix."""
         model.calib_prefix = self
         model.register_forward_pre_hook(_prime_inputs, with_kwargs=True)
-        model.create_masks_for_generate = functools.partial(_masks_behind, model)  # type: ignore[assignment]
+        model.create_masks_for_generate = functools.partial(_masks_behind, self, type(model))  # type: ignore[assignment]
 
 
-def _masks_behind(model: nn.Module, **given: Any) -> Any:
-    """What ``generate`` asks for the mask of a cache of fixed length before every forward, the prefix counted in."""
-    prefix, cache, mask, positions = model.calib_prefix, *map(given.get, ("past_key_values", *WIDENED))
-    assert isinstance(prefix, Prefix) and cache is not None
+def _masks_behind(prefix: Prefix, kind: type, **given: Any) -> Any:
+    """What ``generate`` asks for the mask of a cache of fixed length before every forward, the prefix counted in.
+
+    kind: of the model, which may have masks of its own.
+    """
+    cache, mask, positions = map(given.get, ("past_key_values", *WIDENED))
+    assert cache is not None
     if not int(cache.get_seq_length()):
         prefix.prime(cache, given["inputs_embeds"].shape[0])
     given = {**given, **_behind(prefix, mask, positions)}
-    return getattr(type(model), "create_masks_for_generate", create_masks_for_generate)(**given)
+    return getattr(kind, "create_masks_for_generate", create_masks_for_generate)(**given)
 
 
 def _behind(prefix: Prefix, mask: Tensor | None, positions: Tensor | None) -> dict[str, Tensor]:
