@@ -33,9 +33,10 @@ def reusing_pages() -> Iterator[bool]:
 
 
 def keep_pages() -> None:
-    """Let malloc keep up to 64 MiB of what forwards free, which otherwise faults in anew every time: half of a packed
-    model's prefill. That is where glibc's own adaptation ends up once a block of 32 MiB has been freed, as conversions
-    do while a float model loads. One that nobody touches costs nothing.
+    """Let malloc keep up to 64 MiB of what forwards free, which otherwise faults in anew every time.
+
+    That is where glibc's own adaptation ends up once a block of 32 MiB has been freed, as conversions do while a float
+    model loads. One that nobody touches costs nothing.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 

@@ -306,8 +306,8 @@ def _refused(operator: Operator, limit: int, device: str = "cpu") -> str:
 
 
 def _plain_rows() -> bool:
-    """Whether a single row, which is memory-bound, runs best by int_mm on plain codes. With AMX qlinear's packed ones
-    take 0.6 of its time, from half a million weights to 45 million.
+    """Whether a single row, which is memory-bound, runs best by int_mm on plain codes; with AMX qlinear is
+    faster on packed ones.
     """
     return not _refused("int_mm", 127) and not capable("amx_int8", unknown=False)
 
