@@ -153,6 +153,18 @@ def test_everything_learned_survives_saving(family: str, tmp_path: Path) -> None
     assert (found - want).norm() < (start - want).norm()
 
 
+def test_a_learned_prefix_stays_float() -> None:
+    """Folding what was learned moves no key or value: they are the float model's, not those of the rounded block."""
+    learned, plain = (
+        calib.quantize(build("llama"), "w4a8-static", "os+", batches("llama", 8), prefix=(7,), progress=False, **more)
+        for more in ({"refine": 12, "learn": EVERYTHING}, {})
+    )
+    assert any(site["refined"][1] < site["refined"][0] for site in learned.report["sites"].values())
+    found, want = learned.model.calib_prefix, plain.model.calib_prefix
+    assert torch.allclose(found.keys, want.keys, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(found.values[0], want.values[0], rtol=1e-4, atol=1e-6)  # later ones bear another v -> o fold
+
+
 @pytest.mark.parametrize("family, method", [("llama", "gptq"), ("bert", "os+"), ("mixtral", "rtn")])
 def test_refining_is_repeatable_and_never_worse_on_held_out_windows(family: str, method: str) -> None:
     first, second = (

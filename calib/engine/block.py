@@ -288,8 +288,7 @@ class BlockCalibration:
             if shift is not None and not state.takes_shift:
                 state.transform.fuse(shift, None)
             state.transform.fold(shift if state.takes_shift else None, scale)
-            state.moved(ShiftScale(shift, scale))
-            self.given.refresh()
+            state.moved(ShiftScale(shift, scale))  # no prefix moves: behind a norm its keys and values stay
 
         return FoldableSite(paths, fold, state.takes_shift)
 

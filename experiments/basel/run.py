@@ -211,7 +211,8 @@ def grid(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Figures]]
         model, tokenizer = smollm2()
         size: Figures = {}
         if arm is not None:
-            data = in_batches(windows(tokenizer, target, "train", args.samples, args.length), 4)
+            text = windows(tokenizer, target, "train", (seed + 1) * args.samples, args.length)
+            data = in_batches(text[-args.samples :], 4)  # every seed has windows of its own
             result = shrunk(arm, model, data, keep, args.steps, args.lr, seed)
             model, size = result.model, size_of(result)
             size["ranks"] = [note for note in result.plan.notes if note.startswith("ranks are")]
