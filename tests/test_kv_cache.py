@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import calib
+from calib.errors import InputError
 from calib.nn import (
     AttentionFormat,
     Int8Cache,
@@ -168,6 +169,14 @@ def test_what_it_is_not_for() -> None:
         use_int8_cache(build("bert"))
     with pytest.raises(calib.InputError, match="unknown kv_cache 'int4'"):
         calib.load("nowhere", kv_cache="int4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_a_cache_of_fixed_length_is_refused(family: str) -> None:
+    """It would hold floats, and nothing would say so."""
+    model = use_int8_cache(build(family))
+    with pytest.raises(InputError, match="fixed length"):
+        model.generate(IDS, max_new_tokens=2, cache_implementation="static", disable_compile=True)
 
 
 def test_a_cache_can_be_made_by_hand() -> None:

@@ -614,8 +614,8 @@ def test_describe_names_a_kernel_for_every_format() -> None:
 def test_a_machine_that_saturates_falls_back_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without VNNI pairs of products clamp to int16: the probe has to see it; weights to 63 stay exact."""
 
-    def saturating(octets: Tensor, zero: int, packed: Tensor, scale: Tensor, *rest: object) -> Tensor:
-        u = octets.long().unsqueeze(1) * packed.long().unsqueeze(0)
+    def saturating(codes: shared_codes.Codes, zero: int, packed: Tensor, scale: Tensor, *rest: object) -> Tensor:
+        u = codes.unsigned.long().unsqueeze(1) * packed.long().unsqueeze(0)
         u = F.pad(u, (0, u.shape[-1] % 2)).unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
         return (u.sum(-1) - 128 * packed.long().sum(-1)).float()
 
@@ -630,6 +630,23 @@ def test_a_machine_that_saturates_falls_back_by_name(monkeypatch: pytest.MonkeyP
         assert module.kernel.kernel_name == "exact" and "not exact" in module.kernel.reason
     finally:
         kernels._refused.cache_clear()
+
+
+@pytest.mark.parametrize("spec", [STATIC, TOKEN])
+def test_signed_and_unsigned_activations_give_the_same_bits(spec: AffineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN takes both; with AMX the signed codes as they are."""
+    x = torch.randn(7, 48)
+    found = []
+    for signed in (False, True):
+        monkeypatch.setattr(kernels, "_takes_signed", lambda s=signed: s)
+        for cached in (kernels._refused, kernels._fuses):
+            cached.cache_clear()
+        torch.manual_seed(0)
+        module = linear(32, 48, AffineSpec(8 if not kernels._refused("qlinear", 127) else 7), spec, bias=True)
+        found.append(module.set_mode("packed")(x))
+    for cached in (kernels._refused, kernels._fuses):
+        cached.cache_clear()
+    assert torch.equal(*found)
 
 
 def test_a_missing_operator_falls_back_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,29 @@ def test_what_cannot_be_repeated_runs_the_model() -> None:
         assert all(isinstance(each, str) for each in records(replay)) or kind == "kept"
 
 
+def test_views_of_views_are_one_step() -> None:
+    """Taken from what they view in the end, in its memory: what is written through them arrives."""
+
+    class Views(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x + 1
+            part = y.view(2, 3, 4).transpose(1, 2)[:, 1:].unflatten(2, (3, 1)).movedim(2, 0)  # five views
+            part.mul_(2)
+            first, second = (x * 3).view(4, 3, 2).transpose(0, 2).split(1)  # parts stay parts
+            return y.sum() + part.square().sum() + (first - second).sum() + x.view(-1)[3:].view(7, 3).sum()
+
+    model = Views().eval()
+    replay = Replay(model)
+    with torch.no_grad():
+        for turn in range(6):
+            x = torch.randn(7, 4)[:6] if turn % 2 else torch.randn(9, 4)[3:]  # starts within its memory
+            assert torch.equal(replay(x), model(x))
+    assert records(replay) == [True]
+    (program,) = replay._known.values()
+    steps = [step[0].__name__ for part in program._parts for step in part[0]]
+    assert steps.count("as_strided") == 2 and "movedim" not in steps and "unflatten" not in steps
+
+
 def test_values_that_steered_python_are_looked_at_again() -> None:
     model = build("bert")
     replay = Replay(model)

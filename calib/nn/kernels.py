@@ -61,7 +61,7 @@ def describe() -> dict[str, str]:
     many = {bits: _refused("qlinear", limit) for bits, limit in ((8, 127), (7, 63))}
     single = "; single rows: torch._int_mm" if _plain_rows() else ""
     joint = "" if many[8] else f"; up to {FEW} rows of small layers of one input run as one"
-    fused = "fused" if not many[8] and _fuses() else "afterwards"
+    fused, sign = "fused" if not many[8] and _fuses() else "afterwards", "s" if _takes_signed() else "u"
     fallback = "dequantize: float weight by tiles, then float GEMM"
 
     def integer(bits: int, note: str) -> str:
@@ -70,8 +70,8 @@ def describe() -> dict[str, str]:
     four = int4.refusal()
     few = fallback if four else f"bf16, up to {int4.ROWS} rows: int4pack of ATen; otherwise {fallback}"
     return {
-        "w8a8-static": integer(8, f"u8 activations, scales and bias {fused}{single}{joint}"),
-        "w8a8": integer(8, f"u8 activations, scale per row afterwards{single}{joint}"),
+        "w8a8-static": integer(8, f"{sign}8 activations, scales and bias {fused}{single}{joint}"),
+        "w8a8": integer(8, f"{sign}8 activations, scale per row afterwards{single}{joint}"),
         "w1..w7, integer activations": integer(7, "weights held as int8 (scales per channel or tensor)"),
         "fp8, fp8-static": f"{fallback} (on CUDA torch._scaled_mm)",
         "weights asymmetric, in groups or of two planes": f"{fallback} (the scale changes inside a sum)",
@@ -204,8 +204,8 @@ class _Operator:
             assert across is not None
             packed = self.packed = torch.ops.onednn.qlinear_prepack(across.t(), None)
         if self.ones is None:
-            return _qlinear(codes.unsigned, self.zero_point, packed, self.scale, self.no_zero, bias)
-        y = _qlinear(codes.unsigned, self.zero_point, packed, self.ones, self.no_zero, None).mul_(self.scale)
+            return _qlinear(codes, self.zero_point, packed, self.scale, self.no_zero, bias)
+        y = _qlinear(codes, self.zero_point, packed, self.ones, self.no_zero, None).mul_(self.scale)
         return y if bias is None else y.add_(bias)
 
 
@@ -271,20 +271,19 @@ def _named(run: Callable[[Tensor], Tensor], name: str, reason: str = "") -> Kern
 
 
 def _qlinear(
-    octets: Tensor,
+    codes: Codes,
     zero_point: int,
     packed: Tensor,
     scale: Tensor,
     no_zero: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """(codes - zero_point) times the prepacked weight, rescaled, + bias, in fp32; octets: uint8, code + 128, for oneDNN
-    is fast on unsigned activations only.
-    """
+    """(codes - zero_point) times the prepacked weight, rescaled, + bias, in fp32."""
+    signed = _takes_signed()
     return torch.ops.onednn.qlinear_pointwise.default(
-        octets,
+        codes.signed if signed else codes.unsigned,
         1.0,
-        zero_point + 128,
+        zero_point if signed else zero_point + 128,
         packed,
         scale,
         no_zero,
@@ -296,6 +295,12 @@ def _qlinear(
         [],
         "",
     )
+
+
+@functools.cache
+def _takes_signed() -> bool:
+    """Whether oneDNN is as fast on int8 activations as on uint8 ones, which cost a pass over the codes: AMX is."""
+    return capable("amx_int8", unknown=False)
 
 
 @functools.cache
@@ -320,8 +325,10 @@ def _fuses() -> bool:
         codes = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator)
         weight = torch.randint(-60, 61, (n, k), dtype=torch.int8, generator=generator)
         scale, bias = torch.linspace(0.0004, 0.0026, n), torch.linspace(-3, 3, n)
-        octets, packed = codes.view(torch.uint8).bitwise_xor(128), torch.ops.onednn.qlinear_prepack(weight, None)
-        given = _qlinear(octets, 17, packed, scale, torch.zeros(n, dtype=torch.int32), bias)
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        given = _qlinear(
+            Codes(codes.clone(), scale, scale, None), 17, packed, scale, torch.zeros(n, dtype=torch.int32), bias
+        )
         if not torch.equal(given, ((codes.float() - 17) @ weight.float().t()).mul_(scale).add_(bias)):
             return False
     return True
@@ -329,7 +336,7 @@ def _fuses() -> bool:
 
 def _prepacked(codes: Tensor, weight: Tensor) -> Tensor:
     """oneDNN's sums of int8 codes [m, k] and weight [n, k], in fp32."""
-    packed, n = torch.ops.onednn.qlinear_prepack(weight, None), len(weight)
+    packed, one = torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(len(weight))
     return _qlinear(
-        codes.view(torch.uint8).bitwise_xor(128), 0, packed, torch.ones(n), torch.zeros(n, dtype=torch.int32), None
+        Codes(codes.clone(), one, one, None), 0, packed, one, torch.zeros_like(one, dtype=torch.int32), None
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from calib.errors import InputError
@@ -126,7 +126,10 @@ def use_int8_cache(model: nn.Module) -> nn.Module:
 def _start_int8(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: an empty cache turns int8, and a model that would make one gets one."""
+    """Forward pre-hook: an empty cache turns int8, and a model that would make one gets one.
+
+    Raises InputError for a cache of fixed length, which would hold floats unasked.
+    """
     cache = kwargs.get("past_key_values")
     if not model.calib_int8_cache:
         return args, kwargs
@@ -140,6 +143,11 @@ def _start_int8(
         return args, kwargs
     if isinstance(cache, EncoderDecoderCache):  # the encoder's keys and values are made once and stay float
         cache = cache.self_attention_cache
+    if isinstance(cache, StaticCache):
+        raise InputError(
+            "a cache of fixed length holds floats, and this model's is int8",
+            'drop cache_implementation="static", or load the model without an int8 cache',
+        )
     if isinstance(cache, DynamicCache) and not isinstance(cache, StatelessCache) and not int(cache.get_seq_length()):
         turn_int8(cache, floats)
     return args, kwargs

@@ -117,7 +117,7 @@ class _Program:
         self._local |= self._places.keys()
         self._steps: list[tuple[Callable[..., Any], list[int], dict[str, int], int]] = []
         looks: list[tuple[int, int, Any]] = []  # steps done, the place that Python looked at, what it saw
-        for call in _needed(recorder.calls, {id(each) for each in _tensors(leaves)}):
+        for call in _needed(_at_roots(recorder), {id(each) for each in _tensors(leaves)}):
             place = self._add(call)
             if _looks(call):
                 looks.append((len(self._steps), place, call.result))
@@ -325,6 +325,28 @@ class Replay:
 def _looks(call: _Call) -> bool:
     """Whether Python learned values of it."""
     return isinstance(call.result, (bool, int, float, str, list)) and not _tensors(call.result)
+
+
+def _at_roots(recorder: _Recorder) -> list[_Call]:
+    """The calls, with views of views taken from the tensor at their root: one step where the model takes several."""
+    made = recorder.made()
+    roots: dict[int, Tensor | None] = {_memory(each): None for i, (each, _) in recorder.first.items() if i not in made}
+    found = []
+    for call in recorder.calls:
+        for result in call.made:
+            root = roots.setdefault(_memory(result), None if result.storage_offset() else result)
+            if root is None or root is result or id(root) in call.given or result is not call.result or call.writes:
+                continue
+            if root.dtype == result.dtype:
+                args = (root, tuple(result.shape), result.stride(), result.storage_offset())
+                call = _Call(torch.as_strided, args, {}, result, {id(root)}, [result], writes=False)
+        found.append(call)
+    return found
+
+
+def _memory(each: Tensor) -> int:
+    """Equal of tensors that share it; all of them are alive."""
+    return (each.untyped_storage().data_ptr() if each.layout == torch.strided else 0) or id(each)
 
 
 def _needed(calls: list[_Call], needed: set[int]) -> list[_Call]:
