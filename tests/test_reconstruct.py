@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import calib
-from calib.errors import InputError
+from calib.engine.block import BlockCalibration
+from calib.errors import InputError, NumericsError
 from calib.nn import ActivationQuantizer, LowRankLinear, QuantLinear
 from calib.quantizers import AffineSpec
 from calib.recipe import recipe
@@ -132,6 +134,23 @@ def test_inputs_scale_and_shift_are_learned_and_folded(fused: bool) -> None:
     first = learned(EVERYTHING)
     assert first < 0.9 and len(folded) == 1 and float((folded[0][1] - 1).abs().max()) > 0.001
     assert torch.equal(block["a"].input.scale, block["b"].input.scale) and float(block["a"].input.scale) != 0.7
+
+
+def test_a_fold_that_undoes_what_was_learned_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is the block's error after folding: here the norm takes ten times what it should."""
+    found = BlockCalibration._foldable
+
+    def broken(self: BlockCalibration, state: Any) -> FoldableSite:
+        site = found(self, state)
+        fold = None if site.fold is None else lambda shift, scale: state.target.producer.module.weight.mul_(10)
+        return replace(site, fold=fold)
+
+    monkeypatch.setattr(BlockCalibration, "_foldable", broken)
+    with pytest.raises(NumericsError, match="undid it"):
+        calib.quantize(
+            build("llama"), "w4a8-static", "os+", batches("llama", 8), refine=12, learn=EVERYTHING, prefix="none",
+            progress=False,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt_neox"])

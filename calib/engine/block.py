@@ -266,6 +266,9 @@ class BlockCalibration:
             learn=self.recipe.learn,
             sites=[self._foldable(state) for state in self.states],
         )
+        if found.taken and found.after > 1.05 * found.before:  # rounding may flip a code
+            cause = f"folding what was learned in {self.name} undid it: error {found.before:.2e} to {found.after:.2e}"
+            raise NumericsError(cause, "leave scale and shift out of learn, and report this model")
         if not found.taken:
             self.notes.append(f"{self.name}: learned rounding did not lower the held-out error, the solver's stays")
         if found.missing:

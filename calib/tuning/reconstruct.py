@@ -91,10 +91,12 @@ class LearnedSite(nn.Module):
         return shift if shift is None or self.scale is None else shift / self.scale.detach()
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Fold what was learned into the producer."""
-        if self.site.fold is not None and (self.shift is not None or self.log_scale is not None):
-            self.site.fold(None if self.shift is None else self.shift.detach(), self.scale)
+    def settle(self) -> bool:
+        """Fold what was learned into the producer; whether there was anything."""
+        if self.site.fold is None or (self.shift is None and self.log_scale is None):
+            return False
+        self.site.fold(None if self.shift is None else self.shift.detach(), self.scale)
+        return True
 
 
 class LearnedLinear(CalledAsWeight, nn.Module):
@@ -278,7 +280,7 @@ def reconstruct(
     finally:
         for path, module in learning.items():
             block.set_submodule(path, module.learned() if taken else module.module)
-    if taken:
-        for each in inputs:
-            each.settle()
+    folded = [each.settle() for each in inputs if taken]
+    if any(folded):
+        after = judged()  # of what stays
     return Reconstruction(before, after, taken, step, missing)
