@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 import calib
 from calib.nn import Prefix, QuantLinear, Replay, use_int8_cache
 from calib.nn import replay as module
+from calib.nn.program import Program, tensors_in
 from tests.families import FAMILIES, batches, build
 
 SCHEMES = ("w8a8-static", "w8a8", "w6a6-static", "w4a16")
@@ -33,7 +34,7 @@ def packed(family: str, scheme: str) -> nn.Module:
 
 def records(replay: Replay) -> list[bool | str]:
     """Of each shape: whether it is repeated, or why not."""
-    return [each.trusted if isinstance(each, module._Program) else str(each) for each in replay._known.values()]
+    return [each.trusted if isinstance(each, Program) else str(each) for each in replay._known.values()]
 
 
 def sentence(length: int = 9, rows: int = 1, padding: int = 0) -> dict[str, Tensor]:
@@ -80,7 +81,7 @@ def test_every_family_answers_as_it_does(family: str) -> None:
             batch = batches(family, count=1, seed=seed)[0]
             options = {} if family in ("bert", "whisper") else {"use_cache": False}
             want, got = model(**batch, **options), replay(**batch, **options)
-            assert all(torch.equal(a, b) for a, b in zip(module._tensors(want), module._tensors(got), strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(tensors_in(want), tensors_in(got), strict=True))
     assert records(replay) == [True]
 
 
