@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import calib
-from calib.engine.block import BlockCalibration
+from calib.engine import learning
 from calib.errors import InputError, NumericsError
 from calib.nn import ActivationQuantizer, LowRankLinear, QuantLinear
 from calib.quantizers import AffineSpec
@@ -138,14 +138,14 @@ def test_inputs_scale_and_shift_are_learned_and_folded(fused: bool) -> None:
 
 def test_a_fold_that_undoes_what_was_learned_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """What counts is the block's error after folding: here the norm takes ten times what it should."""
-    found = BlockCalibration._foldable
+    found = learning.foldable
 
-    def broken(self: BlockCalibration, state: Any) -> FoldableSite:
-        site = found(self, state)
+    def broken(state: Any) -> FoldableSite:
+        site = found(state)
         fold = None if site.fold is None else lambda shift, scale: state.target.producer.module.weight.mul_(10)
         return replace(site, fold=fold)
 
-    monkeypatch.setattr(BlockCalibration, "_foldable", broken)
+    monkeypatch.setattr(learning, "foldable", broken)
     with pytest.raises(NumericsError, match="undid it"):
         calib.quantize(
             build("llama"), "w4a8-static", "os+", batches("llama", 8), refine=12, learn=EVERYTHING, prefix="none",

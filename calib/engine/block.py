@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +19,13 @@ from calib.engine.factors import STAYS_DENSE, LowRankWork
 from calib.engine.state import SiteState
 from calib.errors import NumericsError
 from calib.methods import ShiftScale, SiteMethod, WeightMethod
-from calib.model import Call, HiddenList, Plan, Site, device_of, is_finite, observing
+from calib.model import Call, HiddenList, Plan, Site, is_finite, observing
 from calib.nn import ActivationQuantizer, AttentionFormat, QuantLinear, attention_modules
 from calib.observers import Moments
 from calib.quantizers import AnyWeight
 from calib.recipe import Recipe
 from calib.solvers import Pairs, bias_correction
 from calib.transforms import relative_error, tolerance_for, undone_on_failure
-from calib.tuning import FoldableSite, reconstruct
 
 
 class Reached(Exception):
@@ -247,53 +245,6 @@ class BlockCalibration:
             **({} if quantizer.scale is None else {"input_scale": float(quantizer.scale)}),
             **state.detail,
         }
-
-    def refine(self, targets: HiddenList) -> None:
-        """Learn what the recipe's ``learn`` names from the block's output error against ``targets``, one hidden state a
-        batch."""
-        if not self.floats:  # all of the block is excluded
-            return
-        device = device_of(self.block)
-        found = reconstruct(
-            self.block,
-            {path: weight.to(device) for path, weight in self.floats.items()},
-            self.runs_of,
-            lambda i: targets[i].to(device),
-            [None if mask is None else mask.to(device) for mask in self.given.masks],
-            steps=self.recipe.refine,
-            seed=zlib.crc32(self.name.encode()) + self.recipe.seed,
-            held=self.given.probes,
-            learn=self.recipe.learn,
-            sites=[self._foldable(state) for state in self.states],
-        )
-        if found.taken and found.after > 1.05 * found.before:  # rounding may flip a code
-            cause = f"folding what was learned in {self.name} undid it: error {found.before:.2e} to {found.after:.2e}"
-            raise NumericsError(cause, "leave scale and shift out of learn, and report this model")
-        if not found.taken:
-            self.notes.append(f"{self.name}: learned rounding did not lower the held-out error, the solver's stays")
-        if found.missing:
-            self.notes.append(f"{self.name}: no site here learns {' or '.join(found.missing)}")
-        for state in self.states:
-            record = self.record[f"{self.name}.{state.target.name}"]
-            record["refined"] = [found.before, found.after]
-            module = self.block.get_submodule(state.site.consumers[0])
-            if isinstance(module, QuantLinear) and module.input.scale is not None:
-                record["input_scale"] = float(module.input.scale)
-
-    def _foldable(self, state: SiteState) -> FoldableSite:
-        """The site as learning sees it: a norm takes what is learned of its channels, where all who read it change."""
-        paths, producer = tuple(state.site.consumers), state.target.producer
-        if not (state.whole and state.foldable and producer is not None and producer.offset is not None):
-            return FoldableSite(paths)
-
-        def fold(shift: Tensor | None, scale: Tensor | None) -> None:
-            shift, scale = (None if each is None else each.cpu() for each in (shift, scale))
-            if shift is not None and not state.takes_shift:
-                state.transform.fuse(shift, None)
-            state.transform.fold(shift if state.takes_shift else None, scale)
-            state.moved(ShiftScale(shift, scale))  # no prefix moves: behind a norm its keys and values stay
-
-        return FoldableSite(paths, fold, state.takes_shift)
 
     def measure(self) -> None:
         """Each finished linear's output error, in ``sqnr``; the last that is asked of the float weights."""

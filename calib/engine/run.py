@@ -20,6 +20,7 @@ from calib.engine.block import BlockCalibration, BlockInput, packed
 from calib.engine.factors import LowRankWork
 from calib.engine.hidden import HiddenStates
 from calib.engine.journal import Journal
+from calib.engine.learning import refine
 from calib.engine.prefix import PrefixBuilder
 from calib.engine.survey import Survey, survey
 from calib.engine.truncation import Ways, truncation
@@ -287,7 +288,7 @@ class Engine:
             work.quantize(self._float)
         if self.recipe.refine and targets is not None:
             with self._timed("refine"), on_device(block, self.device):
-                work.refine(targets)
+                refine(work, targets)
         with self._timed("measure"):
             work.measure()
         self._float = targets
