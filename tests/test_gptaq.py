@@ -110,6 +110,13 @@ def test_in_the_engine_the_output_comes_nearer(family: str) -> None:
     assert errors["gptaq"] < errors["gptq"], errors
 
 
+def test_an_expert_that_some_batches_do_not_reach() -> None:
+    """Few tokens a batch leave experts out: those batches say nothing of them."""
+    data = batches("mixtral", 12, rows=1, length=3)
+    result = calib.quantize(build("mixtral"), "w4a8-static", "gptaq", data, batch_size=1, progress=False)
+    assert all(torch.isfinite(logits(result.model, batch)).all() for batch in data)
+
+
 def test_awq_and_gptaq_are_methods_with_clear_limits() -> None:
     assert recipe(scheme("w4a16"), "awq,gptaq").methods == ("awq", "gptaq")
     with pytest.raises(InputError, match="gptaq takes no value"):

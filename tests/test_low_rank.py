@@ -128,6 +128,15 @@ def test_compensated_is_the_same_bits_fake_packed_and_reloaded(scheme: str, fact
         module.set_mode("packed")
 
 
+def test_factors_in_int8_keep_fp32_scales_in_a_half_precision_model(tmp_path: Path) -> None:
+    """transformers makes modules under a default dtype of bfloat16."""
+    result = truncated(scheme="w8a8", method="rtn,low_rank", rank=4, factors="int8", dtype=torch.bfloat16)
+    result.save(tmp_path / "out", "calib", verified=False)
+    data, loaded = batches("llama")[0], calib.load(tmp_path / "out", mode="fake")
+    assert torch.equal(logits(loaded, data), logits(result.model, data))
+    assert {s.up_scale.dtype for s in loaded.modules() if isinstance(s, SideBranch)} == {torch.float32}
+
+
 @pytest.mark.slow
 def test_compensation_orders_as_published_and_comes_after_fold_and_rounding() -> None:
     def weight_error(method: str, **options: object) -> float:

@@ -91,6 +91,21 @@ def test_calibrated_with_a_prefix_then_saved_and_reloaded(method: str, tmp_path)
     assert not any("undone" in note for note in result.plan.notes)
 
 
+@pytest.mark.parametrize("family", CAUSAL)
+def test_every_decoder_is_calibrated_with_a_prefix(family: str) -> None:
+    """Blocks take their cache by name, under two names, or by place (GPT-2)."""
+    tokens = [7, 9]
+    result = calib.quantize(build(family), "w8a8", "os+", batches(family), prefix=tuple(tokens), progress=False)
+    ids = batches(family, 1, seed=5)[0]["input_ids"]
+    head = torch.tensor([tokens]).expand(len(ids), -1)
+    want = logits(build(family), {"input_ids": torch.cat([head, ids], 1)})[:, 2:]
+    assert float((logits(result.model, {"input_ids": ids}) - want).norm() / want.norm()) < 0.15
+    cache = DynamicCache()
+    with torch.no_grad():
+        build(family)(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+    assert torch.allclose(result.model.calib_prefix.keys[0], cache.layers[0].keys[0], rtol=1e-3, atol=1e-4)
+
+
 def test_prefix_is_refused_where_there_is_no_cache() -> None:
     for family in ("bert", "bart"):
         with pytest.raises(calib.InputError, match="prefix"):

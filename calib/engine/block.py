@@ -262,9 +262,10 @@ class BlockCalibration:
 
     def _observe_pairs(
         self, state: SiteState, quantizer: ActivationQuantizer, floats: HiddenList | None
-    ) -> tuple[Tensor, Pairs]:
+    ) -> tuple[Tensor, Pairs] | tuple[None, None]:
         """X'^T X' [n, n] fp32 and the pairs: X the transformed rows that the float model feeds the site, X' those that
-        the quantized blocks and sites before it do, on the site's own grid. Where a router chooses the rows, X is X'.
+        the quantized blocks and sites before it do, on the site's own grid. Where a router chooses the rows, X is X';
+        nothing where it sends none.
         """
         assert floats is not None
         path, n = state.site.groups[0][0], state.site.features
@@ -273,8 +274,8 @@ class BlockCalibration:
         with packed(self.block):
             for j, (call, mask) in enumerate(zip(self.given.calls, self.given.masks, strict=True)):
                 with self._unquantized():
-                    x = self._input_of(path, functools.partial(call.run, self.block, floats[j]))
-                got = quantizer.on_grid(self._input_of(path, self.runs[j]).float())
+                    x = self._input_of(path, n, functools.partial(call.run, self.block, floats[j]))
+                got = quantizer.on_grid(self._input_of(path, n, self.runs[j]).float())
                 tokens = self.given.hidden[j].shape[:2].numel()
                 x, got = x.float().flatten(0, -2), got.flatten(0, -2)
                 if len(x) != tokens or len(got) != tokens:  # rows routed to an expert: others in each network
@@ -284,10 +285,10 @@ class BlockCalibration:
                 gram.addmm_(got.T, got)
                 cross.addmm_(x.T, got)
                 count, drift = count + len(got), drift + float((x - got).square().sum(dtype=torch.float64))
-        return gram, Pairs(cross, count, drift)
+        return (gram, Pairs(cross, count, drift)) if count else (None, None)
 
-    def _input_of(self, path: str, run: Callable[[], Tensor]) -> Tensor:
-        """What a Linear takes, behind its transforms, in a run that ends there."""
+    def _input_of(self, path: str, features: int, run: Callable[[], Tensor]) -> Tensor:
+        """What a Linear takes, behind its transforms, in a run that ends there; no rows where it is not called."""
         taken: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -301,7 +302,7 @@ class BlockCalibration:
             pass
         finally:
             handle.remove()
-        return taken[0]
+        return taken[0] if taken else torch.zeros(0, features)
 
     @contextmanager
     def _unquantized(self) -> Iterator[None]:

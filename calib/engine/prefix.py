@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,8 +35,9 @@ class PrefixBuilder:
     def take(self, layer: int, block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
         """Run the (float) block on the prefix's hidden state, keep the keys and values it writes, return its output."""
         cache = DynamicCache()
-        names = [name for name in ("layer_past", "past_key_values") if name in call.kwargs] or ["past_key_values"]
-        out = replace(call, kwargs={**call.kwargs, names[0]: cache}).run(block, hidden)
+        order = list(inspect.signature(block.forward).parameters)
+        known = [name for name in ("layer_past", "past_key_values") if name in call.kwargs or name in order]
+        out = call.giving((known or ["past_key_values"])[0], cache, order).run(block, hidden)
         written: Any = cache.layers[layer]
         self.keys[layer], self.values[layer] = written.keys, written.values
         return out.to(hidden.dtype)

@@ -69,6 +69,13 @@ class Call:
         assert isinstance(result, Tensor)
         return result
 
+    def giving(self, name: str, value: Any, order: Sequence[str]) -> Call:
+        """The same call with another value for an argument; order: names of the block's arguments."""
+        at = order.index(name) if name in order else len(self.args)
+        if at < len(self.args):  # GPT-2 hands it on by place
+            return Call((*self.args[:at], value, *self.args[at + 1 :]), self.kwargs)
+        return Call(self.args, {**self.kwargs, name: value})
+
 
 @dataclass(eq=False)
 class BlockInputs:

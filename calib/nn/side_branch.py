@@ -30,7 +30,7 @@ class SideBranch(nn.Module):
         stored = dtype if bits is None else torch.int8
         for name, size in (("down", in_features), ("up", out_features)):
             self.register_buffer(name, torch.zeros(rank, size, dtype=stored))
-            self.register_buffer(f"{name}_scale", None if bits is None else torch.ones(rank, 1))
+            self.register_buffer(f"{name}_scale", None if bits is None else torch.ones(rank, 1, dtype=torch.float32))
 
     @classmethod
     def of(cls, b: Tensor, a: Tensor, bits: int | None, dtype: torch.dtype) -> SideBranch:
