@@ -139,6 +139,7 @@ def quantize(
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for quantize, or a config.json.")],
     recipe: RecipeOptions,
+    data: Annotated[str | None, typer.Option(help="With --prove: what folds are proven on, as for quantize.")] = None,
     samples: Samples = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     batch_size: BatchSize = None,
@@ -152,32 +153,39 @@ def plan(
 ) -> None:
     """Say what quantize would do to every linear and what it would cost, without doing it.
 
-    Only the model's config is needed, and a few seconds.
+    Only the model's config is needed, and a few seconds; low_rank and basel read the weights, and cost what they cost.
 
     Example: calib plan smollm2-135m --scheme w4a16 --method gptq --max-memory 8GiB
     """
-    from calib.model.cost import parse_size, refuse
+    from calib.model.cost import UNPREDICTED, parse_size, refuse
 
     set_up(threads, quiet)
     arguments = recipe.arguments(model)
     limit = None if max_memory is None else parse_size(max_memory)
-    cost = calib.cost(
-        model,
-        dtype=dtype_named(dtype),
-        max_memory=limit,
-        out=out,
-        progress=not quiet,
-        samples=samples,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        **arguments,
-    )
-    found = calib.plan(model, progress=not quiet, **arguments) if prove else cost.plan
+    predicted = all(method.partition(":")[0] not in UNPREDICTED for method in recipe.method.split(","))
+    found, cost = None, None
+    if predicted or limit is not None:
+        cost = calib.cost(
+            model,
+            dtype=dtype_named(dtype),
+            max_memory=limit,
+            out=out,
+            progress=not quiet,
+            samples=samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            **arguments,
+        )
+        found = cost.plan
+    if prove or found is None:
+        found = calib.plan(model, data=data, progress=not quiet, **arguments)
     if not quiet:
-        print(f"{found.table()}\n\n{cost.table()}")
-    refuse(cost, limit)
+        told = f"what {recipe.method} costs is not predicted" if cost is None else cost.table()
+        print(f"{found.table()}\n\n{told}")
+    if cost is not None:
+        refuse(cost, limit)
     if as_json:
-        _print_json({**found.summary(), "cost": cost.as_dict()})
+        _print_json({**found.summary(), "cost": None if cost is None else cost.as_dict()})
 
 
 @app.command()

@@ -196,6 +196,7 @@ def plan(
     model: Model,
     scheme: str | Scheme = "w8a8-static",
     method: str = "auto",
+    data: str | os.PathLike[str] | Iterable[Any] | Like | None = None,
     *,
     tokenizer: Any = None,
     format: Format = "auto",
@@ -203,13 +204,14 @@ def plan(
     scheme_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
-    """What ``quantize`` would do to each Linear, without collecting statistics; needs one forward of a few
-    tokens.
+    """What ``quantize`` would do to each Linear, without collecting statistics; needs one forward of a few tokens.
+
+    data: as for ``quantize``; a model without a tokenizer needs some of its own inputs.
     """
     short = {**_prefix_for(format, options), "samples": 2, "seq_len": 32}
     recipe = _recipe(scheme, method, format, torch.float32, scheme_options, short)
     network, tokenizer, store, resident = prepare.load_model(model, tokenizer, torch.float32, progress, streamed=True)
-    tokens = prepare.calibration_tokens(network, tokenizer, None, recipe)
+    tokens = prepare.calibration_tokens(network, tokenizer, data, recipe)
     found = _plan(network, recipe, tokens, format, store)
     found.notes += [resident] if resident else []
     found.notes += [f"planned as {','.join(recipe.methods)}, the first that auto tries"] if method == "auto" else []

@@ -195,6 +195,16 @@ def test_plan_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_of_what_has_no_predicted_cost(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """low_rank reads the weights and says what becomes of them; a limit of memory it cannot promise."""
+    words = ["plan", str(tiny), "--scheme", "none", "--method", "low_rank", "--keep", "0.5", "--data", str(text)]
+    assert cli.run([*words, "--json"]) == 0
+    captured = capsys.readouterr().out
+    assert "14 factored, 0 quantized" in captured and "what low_rank costs is not predicted" in captured
+    assert last_json(captured)["cost"] is None
+    assert cli.run([*words, "--max-memory", "4GiB"]) == 2
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["info", "--json"]) == 0
     facts = last_json(capsys.readouterr().out)

@@ -221,6 +221,8 @@ def test_groups_divide_the_ranks_of_rounded_factors() -> None:
 def test_cost_is_not_predicted() -> None:
     with pytest.raises(InputError, match="not predicted"):
         calib.cost(build("llama"), "none", "low_rank", keep=0.5)
+    plan = calib.plan(build("llama"), "none", "low_rank", batches("llama"), keep=0.5, progress=False)
+    assert plan.table().splitlines()[-1].startswith("14 factored, ")
 
 
 @pytest.mark.parametrize(

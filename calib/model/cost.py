@@ -36,6 +36,7 @@ from calib.model.terms import (
 )
 from calib.recipe import Recipe
 
+UNPREDICTED = ("low_rank", "basel")  # methods
 BUDGET = 2 << 30  # bytes of hidden states kept in memory where --max-memory does not say
 
 
@@ -160,7 +161,7 @@ def estimate(
     process may take: hidden states then keep what is left of it, else at most ``budget``; `refuse` says whether it is
     enough. world: processes that share the samples. Raises ModelError, InputError.
     """
-    if any(method.partition(":")[0] in ("low_rank", "basel") for method in recipe.methods):
+    if any(method.partition(":")[0] in UNPREDICTED for method in recipe.methods):
         raise InputError(
             "what low_rank and basel cost is not predicted", "leave out --max-memory, or plan without them"
         )

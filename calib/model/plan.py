@@ -92,9 +92,10 @@ class Plan:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         weights = sum(e.shape[0] * e.shape[1] for e in self.entries.values())
         bits = sum(e.shape[0] * e.shape[1] * e.bits for e in self.entries.values())
-        s = self.summary()
+        s, factored = self.summary(), sum(e.status == "factored" for e in self.entries.values())
         lines.append(
-            f"{s['quantized']} quantized ({s['transformed']} of them transformed), {len(s['excluded'])} excluded; "
+            (f"{factored} factored, " if factored else "")
+            + f"{s['quantized']} quantized ({s['transformed']} of them transformed), {len(s['excluded'])} excluded; "
             f"{bits / max(weights, 1):.2f} bits a weight over all Linears"
         )
         return "\n".join([*lines, *self.notes])
