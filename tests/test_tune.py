@@ -364,6 +364,15 @@ def test_prefix_and_recomputation_do_not_mix_and_transformed_weights_are_named()
     assert "transformed" in tuned.report["notes"][0]
 
 
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_a_model_behind_a_prefix_learns_from_a_teacher_without_one(loss: str) -> None:
+    """Attentions are compared on the text's own keys."""
+    data = batches("llama", 4)
+    result = calib.quantize(build("llama"), "w4a8", "rtn", data, prefix=(1, 7), progress=False)
+    tuned = calib.tune(result, build("llama"), data, loss=loss, steps=6, lr=1e-2, trainable=("scales",), progress=False)
+    assert all(torch.isfinite(tuned.model(**batch).logits).all() for batch in data)
+
+
 def test_presets_are_the_published_recipes() -> None:
     assert PRESETS["paretoq"].loss == LOSSES["ce"] and PRESETS["paretoq"].lr == 2e-5
     assert PRESETS["tbt"].loss.attention == 1 and PRESETS["tbt"].warmup == 0.05

@@ -103,6 +103,8 @@ def _distilled(terms: Terms, batch: Batch, got: Any, wanted: Any) -> list[Tensor
         students, teachers = (getattr(each, name, ()) or () for each in (got, wanted))
         if students:
             mask = _mask(batch, (students[0].shape[0], students[0].shape[2]), name)
+            keys = teachers[0].shape[-1]
+            students = [each[..., -keys:] for each in students]  # the teacher has no prefix to look at
             parts.append(terms.attention * losses.attention_mse(students, teachers, mask))
     return parts
 
