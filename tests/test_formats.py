@@ -265,10 +265,16 @@ def test_refused_before_calibration(tmp_path: Path) -> None:
         ("w4a16", "rtn", "gpt2", "awq", "Conv1D.*use --format onnx"),
         ("w8a8", "rtn", "bert", "onnx", "dynamic"),
         ("w8a8-static", "rtn", "mixtral", "onnx", "experts"),
+        ("w8a8-static weight_group", "rtn", "llama", "onnx", "weights in groups with quantized inputs"),
+        ("w8a8-static bfloat16", "rtn", "llama", "onnx", "written in float32"),
+        ("w4a16 weight_group", "rtn", "qwen3", "gguf", "do not learn head_dim"),
     ):
+        name, *more = scheme.split()
+        options: dict[str, Any] = {"scheme_options": {"weight_group": 32}} if "weight_group" in more else {}
+        options |= {"dtype": torch.bfloat16} if "bfloat16" in more else {}
         with pytest.raises(InputError, match=words):
             calib.quantize(
-                build(family), scheme, method, batches(family), tmp_path / "out", format=format, progress=False
+                build(family), name, method, batches(family), tmp_path / "out", format=format, progress=False, **options
             )
 
 

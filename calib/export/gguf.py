@@ -33,7 +33,15 @@ FORMAT = "gguf"
 FILE = "model.gguf"
 BLOCK = 32
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gpt2", "bloom")
-UNREAD = {"architectures", "dtype", "transformers_version", "use_cache", "initializer_range", "pretraining_tp"}
+UNREAD = {
+    "architectures",
+    "dtype",
+    "quantization_config",
+    "transformers_version",
+    "use_cache",
+    "initializer_range",
+    "pretraining_tp",
+}
 SILENT = ("dropout", "pdrop", "token_id", "summary_", "label", "_name")  # config entries that no answer depends on
 
 
@@ -55,8 +63,12 @@ def _format_reasons(weights: AnyWeight) -> list[str]:
 def unsuited(model: nn.Module, rewrites: Sequence[Mapping[str, str]]) -> list[str]:
     """What is known of an architecture before it is quantized."""
     del rewrites  # GGUF has linears for all of them
-    kind = str(getattr(getattr(model, "config", None), "model_type", None))
-    return [] if kind in ARCHITECTURES else [f"calib knows no GGUF form of {kind}"]
+    config: Any = getattr(model, "config", None)
+    kind = str(getattr(config, "model_type", None))
+    if kind not in ARCHITECTURES:
+        return [f"calib knows no GGUF form of {kind}"]
+    lost = _lost(config)
+    return [f"its readers do not learn {', '.join(lost)} of a {kind}"] if lost else []
 
 
 def expressible(model: nn.Module) -> list[str]:

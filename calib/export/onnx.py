@@ -34,15 +34,19 @@ FILE = "model.onnx"
 OPSET = 21  # the first with blocked and 4-bit DequantizeLinear
 DYNAMIC = "input ranges are dynamic, and QDQ has static ones"
 SIGNS = "one-bit inputs are signs, and QDQ rounds"
+GROUPS = "weights in groups with quantized inputs, for which onnxruntime has no integer product"
 FLOAT_INPUTS = "inputs are float8, which onnxruntime does not multiply on a CPU"
 EXPERTS = "experts are picked by indices that depend on the data, which a graph cannot trace"
 
 
-def refusals(recipe: Recipe) -> list[str]:
+def refusals(recipe: Recipe, dtype: torch.dtype) -> list[str]:
     """Why a recipe's result will not be `expressible`, as far as it says."""
     scheme = recipe.scheme
     formats = dict.fromkeys([scheme.weights, *(each.weights for each in scheme.overrides)])
-    reasons = list(dict.fromkeys(reason for weights in formats for reason in _weight_reasons(weights)))
+    reasons = list(
+        dict.fromkeys(reason for weights in formats for reason in _weight_reasons(weights, scheme.inputs is not None))
+    )
+    reasons += _dtype_reasons(dtype)
     reasons += [DYNAMIC] if scheme.inputs is not None and scheme.inputs.dynamic else []
     reasons += [SIGNS] if scheme.inputs is not None and scheme.inputs.binary else []
     reasons += [FLOAT_INPUTS] if scheme.inputs is not None and not scheme.inputs.integer else []
@@ -51,8 +55,15 @@ def refusals(recipe: Recipe) -> list[str]:
     return reasons + ([FLOAT_ROWS] if recipe.float_rows else [])
 
 
-def _weight_reasons(weights: AnyWeight) -> list[str]:
-    return [] if weights.integer else [f"weights on a {getattr(weights, 'kind', 'dual-binary')} grid"]
+def _weight_reasons(weights: AnyWeight, inputs: bool) -> list[str]:
+    """inputs: whether they are quantized too."""
+    if not weights.integer:
+        return [f"weights on a {getattr(weights, 'kind', 'dual-binary')} grid"]
+    return [GROUPS] if inputs and weights.granularity == "group" else []
+
+
+def _dtype_reasons(dtype: torch.dtype) -> list[str]:
+    return [] if dtype == torch.float32 else [f"the graph is written in float32, and the model is {dtype}"]
 
 
 def unsuited(model: nn.Module, rewrites: Sequence[Mapping[str, str]]) -> list[str]:
@@ -71,13 +82,14 @@ def expressible(model: nn.Module) -> list[str]:
         if isinstance(module, QuantLinear):
             for reason in _linear_reasons(module):
                 reasons.setdefault(reason, name)
-    if isinstance(model, PreTrainedModel) and model.dtype != torch.float32:
-        reasons[f"the graph is written in float32, and the model is {model.dtype}"] = ""
+    if isinstance(model, PreTrainedModel):
+        reasons |= dict.fromkeys(_dtype_reasons(model.dtype), "")
     return [f"{reason} ({name})" if name else reason for reason, name in reasons.items()]
 
 
 def _linear_reasons(module: QuantLinear) -> list[str]:
-    reasons, spec = _weight_reasons(module.weight_spec), module.input.spec
+    spec = module.input.spec
+    reasons = _weight_reasons(module.weight_spec, spec is not None)
     if spec is not None and spec.dynamic:
         reasons.append(DYNAMIC)
     if spec is not None and spec.binary:

@@ -60,8 +60,8 @@ def refuse(
 
     def why(each: str) -> list[str]:
         writer: Any = WRITERS.get(each)  # None: auto
-        if each == compressed.FORMAT:
-            found = compressed.refusals(recipe, dtype)
+        if each in (compressed.FORMAT, onnx.FORMAT):
+            found = writer.refusals(recipe, dtype)
         else:
             found = writer.refusals(recipe) if hasattr(writer, "refusals") else []
         return found + (writer.unsuited(model, rewrites) if model is not None and hasattr(writer, "unsuited") else [])

@@ -103,9 +103,9 @@ def _distilled(terms: Terms, batch: Batch, got: Any, wanted: Any) -> list[Tensor
         students, teachers = (getattr(each, name, ()) or () for each in (got, wanted))
         if students:
             mask = _mask(batch, (students[0].shape[0], students[0].shape[2]), name)
-            keys = teachers[0].shape[-1]
-            students = [each[..., -keys:] for each in students]  # the teacher has no prefix to look at
-            parts.append(terms.attention * losses.attention_mse(students, teachers, mask))
+            # a teacher has no prefix to look at
+            own = [each[..., -other.shape[-1] :] for each, other in zip(students, teachers, strict=True)]
+            parts.append(terms.attention * losses.attention_mse(own, teachers, mask))
     return parts
 
 
