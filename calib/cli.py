@@ -139,7 +139,7 @@ def quantize(
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for quantize, or a config.json.")],
     recipe: RecipeOptions,
-    data: Annotated[str | None, typer.Option(help="With --prove: what folds are proven on, as for quantize.")] = None,
+    data: Annotated[str | None, typer.Option(help="What folds are proven on; implies --prove.")] = None,
     samples: Samples = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     batch_size: BatchSize = None,
@@ -177,7 +177,7 @@ def plan(
             **arguments,
         )
         found = cost.plan
-    if prove or found is None:
+    if prove or data is not None or found is None:
         found = calib.plan(model, data=data, progress=not quiet, **arguments)
     if not quiet:
         told = f"what {recipe.method} costs is not predicted" if cost is None else cost.table()
